@@ -1,0 +1,209 @@
+"""Bottom-up lifelong tickets: start tiny, re-grow when a new task needs room (SPEC section 6).
+
+    python main_BU.py                                   the published protocol on CIFAR-10
+    python main_BU.py --select_on val                   choose tickets on validation images
+    python main_BU.py --dataset digits --width 8 --epochs 20 --iter_epochs 3 --unlabel_num 3
+
+Task 1: train dense, then prune and retrain until the accuracy falls. Each further task: train
+dense, and once more under the current mask; if the mask costs too much, prune the weights outside
+it until those that are needed are left, and add them. The tickets are retrained by main_train.py.
+"""
+
+import time
+from pathlib import Path
+
+import dataset
+import pruning_utils
+import teaching
+import utils
+from trainer import make_model, make_task, retrain, test, train_task
+from utils import Refusal
+
+
+def parse(argv):
+    parser = utils.make_parser(__doc__, "BU_<dataset>")
+    flag = parser.add_argument_group("bottom-up pruning").add_argument
+    utils.add_pruning_flags(flag)
+    flag(
+        "--deacc",
+        type=utils.any_number,
+        default=2,
+        metavar="POINTS",
+        help="accuracy that a pruned model may lose, in percentage points (default %(default)s)",
+    )
+    flag(
+        "--accept_decay",
+        type=utils.any_number,
+        default=1,
+        metavar="POINTS",
+        help="points below the dense model at which the mask re-grows (default %(default)s)",
+    )
+    flag(
+        "--max_iter_prun",
+        type=utils.whole(1),
+        default=26,
+        metavar="N",
+        help="most prunings of a task (default %(default)s)",
+    )
+    flag(
+        "--base_sparsity",
+        type=utils.percentage,
+        default=90,
+        metavar="PERCENT",
+        help="least sparsity at which the prunings may stop (default %(default)s)",
+    )
+    flag(
+        "--select_on",
+        choices=("test", "val"),
+        default="test",
+        help="images on which tickets are chosen: the published code takes test (default), "
+        "the sound choice is val",
+    )
+    args = parser.parse_args(argv)
+    dataset.complete(args, "BU_{}")
+    return args
+
+
+def find_ticket(model, task, data, args, part, dense_accuracy):
+    """Task 1's ticket: prune and retrain, round after round, until the accuracy has decayed.
+
+    model: task 1's dense best model. Returns the masks, the state retrained under them, and the
+    rounds as dicts. Raises Refusal when the first round is one too many already.
+    """
+    masks, state, rounds = pruning_utils.masks_of(model), None, []
+    for _ in range(args.max_iter_prun):
+        pruned = pruning_utils.prune(pruning_utils.weights(model), masks, args.percent)
+        sparsity = 100 - pruning_utils.density(pruned)
+        decay = run_round(model, task, data, args, part, dense_accuracy, pruned, rounds)
+        if decay >= args.deacc and sparsity >= args.base_sparsity:
+            break  # the mask of one pruning fewer is the ticket
+        masks, state = pruned, pruning_utils.clone_state(model)
+    if state is None:
+        raise Refusal(
+            f"--percent {args.percent:g}: the first pruning already reaches --base_sparsity "
+            f"{args.base_sparsity:g} and loses {decay:.2f} points, so that there is no ticket; "
+            f"give a smaller --percent"
+        )
+    return masks, state, rounds
+
+
+def regrow(model, task, data, args, part, dense_accuracy, current):
+    """A larger ticket for task t: prune the weights outside `current` until too few are left.
+
+    model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
+    """
+    masks, state, rounds, decay = pruning_utils.masks_of(model), None, [], None
+    for _ in range(args.max_iter_prun):
+        weights = pruning_utils.weights(model)
+        pruned = pruning_utils.prune(weights, masks, args.percent, kept=current)
+        sparsity = 100 - pruning_utils.density(pruned)
+        if state and decay >= args.deacc and sparsity >= args.base_sparsity:
+            break  # this pruning is undone
+        decay = run_round(model, task, data, args, part, dense_accuracy, pruned, rounds)
+        too_few = decay > args.deacc and sparsity > args.base_sparsity
+        if not too_few or not state:
+            masks, state = pruned, pruning_utils.clone_state(model)
+        if too_few:
+            break  # this pruning is undone too, unless it was the first
+    return masks, state, rounds
+
+
+def run_round(model, task, data, args, part, dense_accuracy, masks, rounds):
+    """Retrain under masks, with a new optimizer; add the round to `rounds`, return the decay.
+
+    The model goes on from where it is. The decay is what is lost of `dense_accuracy` (percent) on
+    the images of `part`, of all classes so far, at the round's best epoch.
+    """
+    pruning_utils.apply_mask(model, masks)
+    step = f"task{task.t}_round{len(rounds) + 1}"
+    accuracy = retrain(model, task, data, args, step, part=part).best
+    decay, density = dense_accuracy - accuracy, pruning_utils.density(masks)
+    rounds.append({"density": density, "accuracy": accuracy, "decay": decay})
+    print(
+        f"task {task.t}, pruning {len(rounds)}: {density:.2f} % remain, "
+        f"accuracy {accuracy:.2f} %, decay {decay:.2f}",
+        flush=True,
+    )
+    return decay
+
+
+def mean(accuracies):
+    return sum(accuracies) / len(accuracies)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = utils.pick_device(args.device, args.gpu)
+    data = dataset.load(args, device)
+    model = make_model(args, device)
+    record = utils.Record("main_BU", args, data, device)
+    folder, part = Path(args.save_dir), getattr(data, args.select_on)
+
+    def save_ticket(t, masks, state=None):
+        pruning_utils.save_masks(folder / f"mask-{t}.pt", masks)
+        pruning_utils.save_masks(folder / "current_mask.pt", masks)
+        if state:
+            utils.save(folder / f"task{t}_prune_weight.pt", state)
+
+    # task 1: dense, then its ticket
+    began = time.monotonic()
+    task = make_task(data, 1, teaching.lesson(args, data, 1))
+    dense = train_task(model, task, data, args, "task1")
+    pruning_utils.load_state(model, dense.best_state)
+    dense_accuracy = test(model, data.test, 1, data, args)
+    reference = mean(test(model, part, 1, data, args))
+    if args.classifiers > 1:
+        teaching.teach(model, data, args, 1)
+    masks, state, rounds = find_ticket(model, task, data, args, part, reference)
+    save_ticket(1, masks, state)
+    pruning_utils.load_state(model, state)
+    record.add(
+        state=1,
+        accuracy=test(model, data.test, 1, data, args),
+        density=pruning_utils.density(masks),
+        ticket_density=pruning_utils.density(masks),
+        dense_accuracy=dense_accuracy,
+        dense_training=dense.words(),
+        rounds=rounds,
+        seconds=time.monotonic() - began,
+    )
+
+    for t in range(2, args.classifiers + 1):
+        began, start, tested = time.monotonic(), dense.best_state, pruning_utils.density(masks)
+        task = make_task(data, t, teaching.lesson(args, data, t))
+        # from the dense best model of t-1, once dense and once under the mask
+        pruning_utils.load_state(model, start)
+        dense = train_task(model, task, data, args, f"task{t}")
+        pruning_utils.load_state(model, start, masks)
+        files = f"task{t}_prun_checkpoint.pt", f"task{t}_best_prun_model.pt"
+        masked = train_task(model, task, data, args, f"task{t}_prun", *files)
+        pruning_utils.load_state(model, masked.best_state)
+        accuracy = test(model, data.test, t, data, args)
+        masked_mean = mean(test(model, part, t, data, args))
+        pruning_utils.load_state(model, dense.best_state)
+        dense_accuracy = test(model, data.test, t, data, args)
+        dense_mean = mean(test(model, part, t, data, args))
+        if t < args.classifiers:
+            teaching.teach(model, data, args, t)
+        # re-grow where the mask costs too much
+        state, rounds = None, []
+        if dense_mean - masked_mean >= args.accept_decay:
+            masks, state, rounds = regrow(model, task, data, args, part, dense_mean, masks)
+        save_ticket(t, masks, state)
+        record.add(
+            state=t,
+            accuracy=accuracy,
+            density=tested,
+            ticket_density=pruning_utils.density(masks),
+            dense_accuracy=dense_accuracy,
+            training=masked.words(),
+            dense_training=dense.words(),
+            regrown=bool(rounds),
+            rounds=rounds,
+            seconds=time.monotonic() - began,
+        )
+    return record.close([row["accuracy"] for row in record.results["states"]])
+
+
+if __name__ == "__main__":
+    utils.run(main)

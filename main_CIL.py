@@ -1,0 +1,43 @@
+"""The dense baseline: all tasks with lottery teaching, no pruning (SPEC section 6).
+
+    python main_CIL.py                                  the published protocol on CIFAR-10
+    python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3
+
+Each task goes on from the best model of the one before; all tests are of best models.
+"""
+
+import time
+
+import dataset
+import pruning_utils
+import teaching
+import utils
+from trainer import make_model, make_task, test, train_task
+
+
+def main(argv=None):
+    args = utils.make_parser(__doc__, "<dataset>_cil").parse_args(argv)
+    dataset.complete(args, "{}_cil")
+    device = utils.pick_device(args.device, args.gpu)
+    data = dataset.load(args, device)
+    model = make_model(args, device)
+    record = utils.Record("main_CIL", args, data, device)
+    for t in range(1, args.classifiers + 1):
+        began = time.monotonic()
+        task = make_task(data, t, teaching.lesson(args, data, t))
+        trained = train_task(model, task, data, args, f"task{t}")
+        pruning_utils.load_state(model, trained.best_state)
+        if t < args.classifiers:
+            teaching.teach(model, data, args, t)
+        record.add(
+            state=t,
+            accuracy=test(model, data.test, t, data, args),
+            density=100.0,
+            training=trained.words(),
+            seconds=time.monotonic() - began,
+        )
+    return record.close([row["accuracy"] for row in record.results["states"]])
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,60 @@
+"""Train a ticket on a task: weights W under mask M (SPEC section 6).
+
+    D=BU_cifar10
+    python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3
+
+That is the paper's task-rewound bottom-up ticket ("TR-BU") of task 3: its mask on the dense
+weights of task 2. The soft labels of task t-1 are those of a finished run (--save_data_path).
+"""
+
+import time
+
+import dataset
+import pruning_utils
+import teaching
+import utils
+from trainer import make_model, make_task, test, train_task
+
+
+def parse(argv):
+    parser = utils.make_parser(__doc__, "BU_<dataset>")
+    flag = parser.add_argument_group("the ticket").add_argument
+    flag(
+        "--weight",
+        required=True,
+        metavar="W",
+        help="checkpoint to start from; its own mask is dropped",
+    )
+    flag("--mask", required=True, metavar="M", help="mask file, or any pruned checkpoint")
+    utils.add_state(flag, "task to train")
+    args = parser.parse_args(argv)
+    dataset.complete(args, "BU_{}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    t, began = args.state, time.monotonic()
+    device = utils.pick_device(args.device, args.gpu)
+    weights, masks = utils.load_state(args.weight), pruning_utils.load_masks(args.mask)
+    model = make_model(args, device)
+    pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
+    pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
+    pruning_utils.apply_mask(model, masks)
+    data = dataset.load(args, device)
+    record = utils.Record("main_train", args, data, device, f"retrain_task{t}_")
+    task = make_task(data, t, teaching.lesson(args, data, t))
+    trained = train_task(model, task, data, args, f"retrain_task{t}")
+    pruning_utils.load_state(model, trained.best_state)
+    record.add(
+        state=t,
+        accuracy=test(model, data.test, t, data, args),
+        density=pruning_utils.density(masks),
+        training=trained.words(),
+        seconds=time.monotonic() - began,
+    )
+    return record.close()
+
+
+if __name__ == "__main__":
+    utils.run(main)

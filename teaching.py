@@ -1,0 +1,115 @@
+"""Lottery teaching: query the pool for images near the exemplars, store the teacher's logits.
+
+SPEC section 5; section 3.3 of the paper. Files in --save_data_path, for each task t:
+
+    task{t}_select_index.npy      int64 [n], places in the pool
+    task{t}_img.npy               uint8 [n,3,H,W], augmented once (published: float32, normalised)
+    task{t}_dis_label.npy         float32 [n, t*c], logits of the random heads
+    task{t}_dis_label_main.npy    float32 [n, t*c], logits of the balanced heads
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dataset
+import utils
+from trainer import extract
+from utils import Refusal
+
+DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+def query(exemplars, pool, num):
+    """Each exemplar in turn takes its `num` nearest pool rows that are not yet taken.
+
+    exemplars: features [m,d]; pool: features [p,d]. Returns int64 [min(m*num, p)]: the places in
+    the pool, exemplar after exemplar, nearest first. Equal distances: the lower place first.
+    Distances are Euclidean; a block of exemplars is compared with the pool at a time.
+    """
+    taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
+    centre = pool.mean(0)  # a common shift changes no distance and saves digits below
+    exemplars, pool = exemplars - centre, pool - centre
+    squares = pool.square().sum(1)
+    selected, left = [], len(pool)
+    for block in exemplars.split(max(1, DISTANCES_AT_ONCE // len(pool))):
+        # |e-p|^2 less |e|^2, which is the same for all p
+        for row in torch.addmm(squares, block, pool.T, alpha=-2):
+            if not left:
+                break
+            row.masked_fill_(taken, torch.inf)
+            nearest = row.sort(stable=True).indices[: min(num, left)]
+            taken[nearest] = True
+            selected.append(nearest)
+            left -= len(nearest)
+    return torch.cat(selected)
+
+
+def teach(model, data, args, t):
+    """Query with the teacher's features of all exemplars so far; store images and logits.
+
+    model: the teacher, task t's model. Writes the four files above.
+    """
+    exemplars, _ = data.of_tasks(data.exemplars, 1, t)
+    wanted = args.unlabel_num * len(exemplars)
+    with torch.no_grad():
+        selected = query(
+            extract(model, exemplars, data, args),
+            extract(model, data.pool, data, args, f"task {t}: features of the pool"),
+            args.unlabel_num,
+        )
+        if len(selected) < wanted:
+            print(
+                f"task {t}: the pool ran out, its {len(selected)} images stand for the "
+                f"{wanted} that {len(exemplars)} exemplars would query"
+            )
+        draws = dataset.draw_views(
+            len(selected), data.pad, utils.stream(args.seed, f"task{t}", 0, "teaching")
+        )
+        images = dataset.augment(
+            data.pool[selected], *(draw.to(selected.device) for draw in draws), data.pad
+        )
+        features = extract(model, images, data, args)
+        labels, labels_main = (model.logits(features, t, main_fc) for main_fc in (False, True))
+    folder = Path(args.save_data_path)
+    utils.save_array(folder / f"task{t}_select_index.npy", selected.cpu().numpy())
+    images = images.permute(0, 3, 1, 2).contiguous()
+    utils.save_array(folder / f"task{t}_img.npy", images.cpu().numpy())
+    utils.save_array(folder / f"task{t}_dis_label.npy", labels.float().cpu().numpy())
+    utils.save_array(folder / f"task{t}_dis_label_main.npy", labels_main.float().cpu().numpy())
+    return selected
+
+
+def lesson(args, data, t):
+    """What task t learns from the teacher of task t-1: images, logits, logits_main; None for t = 1.
+
+    images: uint8 [n,H,W,3], or float32 [n,3,H,W] from published files. Raises Refusal when a
+    file is missing or does not fit.
+    """
+    if t == 1:
+        return None
+    folder, k = Path(args.save_data_path), t - 1
+    images, labels, labels_main = (
+        utils.load_array(folder / f"task{k}_{name}.npy")
+        for name in ("img", "dis_label", "dis_label_main")
+    )
+    shape = (3, *data.pool.shape[1:3])
+    if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or images.shape[1:] != shape:
+        raise Refusal(
+            f"{folder}/task{k}_img.npy: found {images.dtype} {list(images.shape)}, "
+            f"give uint8 or float32 {['n', *shape]}"
+        )
+    for name, array in (("dis_label", labels), ("dis_label_main", labels_main)):
+        wanted = (len(images), k * data.classes_per_classifier)
+        if array.dtype != np.float32 or array.shape != wanted or not len(images):
+            raise Refusal(
+                f"{folder}/task{k}_{name}.npy: found {array.dtype} {list(array.shape)}, "
+                f"give float32 {list(wanted)}"
+            )
+    images, labels, labels_main = (
+        torch.from_numpy(array).to(data.pool.device) for array in (images, labels, labels_main)
+    )
+    if images.dtype == torch.uint8:
+        images = images.permute(0, 2, 3, 1)
+    return images, labels, labels_main

@@ -1,0 +1,481 @@
+"""What the scripts share below the method: arguments, device, seeds, files, a run's records."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import tarfile
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+# ------------------------------------------------------------------------------ refusing
+
+
+class Refusal(Exception):
+    """The run cannot go on as asked: one line that names the flag or file and what to do."""
+
+
+def run(main):
+    """Run a script's main(); a Refusal becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except Refusal as refusal:
+        print(f"{Path(sys.argv[0]).name}: {refusal}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are Refusals and whose help shows the defaults."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message):
+        raise Refusal(f"{message} (--help lists the flags)")
+
+
+def whole(least):
+    """An argparse type: whole numbers of at least `least`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            message = f"found {text!r}, give a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return convert
+
+
+def real(words, accept):
+    """An argparse type: finite numbers that `accept` takes; `words` tell the user which."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not accept(value):
+            raise argparse.ArgumentTypeError(f"found {text!r}, give {words}")
+        return value
+
+    return convert
+
+
+positive = real("a number above 0", lambda v: v > 0)
+not_negative = real("a number of at least 0", lambda v: v >= 0)
+share = real("a share between 0 and 1", lambda v: 0 < v < 1)
+percentage = real("a percentage from 0 to below 100", lambda v: 0 <= v < 100)
+any_number = real("a number", lambda v: True)
+
+
+def whole_list(text):
+    """An argparse type: whole numbers of at least 0, separated by commas: '60,80'."""
+    return [whole(0)(word) for word in text.split(",") if text]
+
+
+def make_parser(description, save_dir):
+    """A parser with the flags that every script takes; names and defaults are the published ones.
+
+    save_dir: words for the default of --save_dir, e.g. 'TD_<dataset>'.
+    """
+    parser = Parser(description)
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset", default="cifar10", metavar="NAME", help="cifar10 (default) or digits")
+    flag("--data", metavar="DIR", help="prepared or published data set (default data/<dataset>)")
+    flag("--classifiers", type=whole(1), metavar="T", help="number of tasks (default: the set's)")
+    flag(
+        "--classes_per_classifier",
+        type=whole(1),
+        metavar="C",
+        help="classes of each task (default: the set's)",
+    )
+    flag(
+        "--unlabel_num",
+        type=whole(1),
+        default=50,
+        metavar="N",
+        help="pool images that each exemplar queries (default %(default)s)",
+    )
+    flag = parser.add_argument_group("files").add_argument
+    flag("--save_dir", metavar="DIR", help=f"where the run's files go (default {save_dir})")
+    flag(
+        "--save_data_path",
+        metavar="DIR",
+        help="queried images and soft labels (default <save_dir>/data)",
+    )
+    flag = parser.add_argument_group("training").add_argument
+    number = "(default %(default)s)"
+    flag("--epochs", type=whole(1), default=100, metavar="N", help=f"epochs of a task {number}")
+    flag("--batch_size", type=whole(1), default=256, metavar="N", help=number)
+    flag("--lr", type=positive, default=0.01, help=f"learning rate {number}")
+    flag(
+        "--decreasing_lr",
+        type=whole_list,
+        default="60,80",
+        metavar="E,E",
+        help=f"epochs after which the learning rate falls to a tenth {number}",
+    )
+    below_one = real("a number from 0 to below 1", lambda v: 0 <= v < 1)
+    flag("--momentum", type=below_one, default=0.9, help=number)
+    flag("--weight_decay", type=not_negative, default=5e-4, help=number)
+    flag = parser.add_argument_group("network and machine").add_argument
+    flag(
+        "--width",
+        type=whole(1),
+        default=64,
+        metavar="N",
+        help=f"channels of the first layer {number}",
+    )
+    flag(
+        "--device",
+        default="auto",
+        help="auto (cuda:<--gpu>, else mps, else cpu), cpu, cuda, cuda:N or mps (default auto)",
+    )
+    flag("--gpu", type=whole(0), default=0, metavar="N", help=f"the CUDA device of auto {number}")
+    flag("--seed", type=whole(0), default=0, metavar="N", help=number)
+    flag(
+        "--print_freq",
+        type=whole(1),
+        default=50,
+        metavar="N",
+        help=f"batches between updates of the loss in the progress bar {number}",
+    )
+    return parser
+
+
+def add_pruning_flags(flag):
+    """The flags of main_TD and main_BU alike; flag: the add_argument of a group."""
+    flag("--percent", type=share, default=0.2, help="share pruned at once (default %(default)s)")
+    flag(
+        "--iter_epochs",
+        type=whole(1),
+        default=30,
+        metavar="N",
+        help="epochs of retraining after a pruning, at lr/100 (default %(default)s)",
+    )
+
+
+def add_state(flag, words):
+    """The flag of main_train and test alike; flag: the add_argument of a group."""
+    flag("--state", type=whole(1), default=5, metavar="t", help=f"{words} (default %(default)s)")
+
+
+def pick_device(name, gpu=0):
+    """The torch.device for --device `name`. Raises Refusal where there is no such device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        if count > gpu:
+            return torch.device("cuda", gpu)
+        if count:
+            raise Refusal(
+                f"--gpu {gpu}: this machine has {count} CUDA device(s), give 0..{count - 1}"
+            )
+        return torch.device("mps" if mps else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise Refusal(f"--device {name}: unknown; give auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and count <= int(index or gpu):
+        raise Refusal(f"--device {name}: this machine has {count} CUDA device(s); try --device cpu")
+    if kind == "mps" and not mps:
+        raise Refusal("--device mps: PyTorch finds no mps device here; try --device cpu")
+    return torch.device("cuda", int(index or gpu)) if kind == "cuda" else torch.device(kind)
+
+
+# ------------------------------------------------------------------------------ randomness
+
+
+def derive(seed, *purpose):
+    """A 63-bit seed from the run's seed and what it is for: step, epoch, purpose, ..."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream(seed, *purpose):
+    """A CPU generator of its own for each purpose, so that nothing hangs on what was drawn before.
+
+    It is a CPU one whatever the device: the same draws everywhere.
+    """
+    return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def write_whole(path, write):
+    """Make the file `path` with write(file), wholly or not at all: beside it, then renamed."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """torch.save, wholly or not at all."""
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def save_array(path, array):
+    """np.save of a plain array, wholly or not at all."""
+    write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def load_array(path):
+    """A plain array from a .npy file. Raises Refusal on anything else; nothing is unpickled."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise Refusal(f"{path}: not a plain .npy array ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise Refusal(f"{path}: found an archive, give a plain .npy array")
+    return array
+
+
+class Inert:
+    """Stands in for the optimizer objects inside published checkpoints; does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# All that the pickles of published checkpoints may name; torch itself resolves the storages.
+CHECKPOINT_NAMES = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "dict"): dict,
+    ("__builtin__", "dict"): dict,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch.optim.sgd", "SGD"): Inert,
+    ("torch.optim.optimizer", "_RequiredParameter"): Inert,
+}
+
+# All that the published data sets' pickles may name: NumPy arrays and plain containers.
+ARRAY_NAMES = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    # bytes in the pickles of Python 3, protocol 2: always latin-1
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
+} | {
+    (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"))
+}
+ARRAY_NAMES |= {
+    (f"numpy.{core}.numeric", "_frombuffer"): np._core.numeric._frombuffer
+    for core in ("core", "_core")
+}
+
+
+def restricted(names):
+    """A stand-in for the pickle module whose Unpickler admits exactly `names`.
+
+    names: dict (module, name) -> what to put there.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            try:
+                return names[module, name]
+            except KeyError:
+                raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="restricted")
+
+
+def load_arrays_pickle(path):
+    """Read a published data pickle. Raises Refusal if it names anything but arrays."""
+    try:
+        with open(path, "rb") as file:
+            return restricted(ARRAY_NAMES).load(file, encoding="latin1")
+    except Exception as error:  # a hostile pickle can raise anything
+        raise Refusal(f"{path}: not a pickle of plain arrays ({error})") from None
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: ours, a published one, or a raw state dict; tensors on the CPU.
+
+    Returns the dict in the file. Published checkpoints hold the optimizer as a pickled object,
+    which weights_only loading refuses: they go through an unpickler that admits exactly
+    CHECKPOINT_NAMES. Raises Refusal when there is no such file or it is no checkpoint.
+    """
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                        raise Refusal(f"{path}: a TorchScript archive, give a checkpoint") from None
+            elif tarfile.is_tarfile(path):
+                raise Refusal(f"{path}: a tar archive, give a checkpoint") from None
+            content = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=False,
+                pickle_module=restricted(CHECKPOINT_NAMES),
+            )
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file") from None
+    except Refusal:
+        raise
+    except Exception as error:  # a hostile or damaged file can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Refusal(f"{path}: not a checkpoint that can be read ({reason})") from None
+    if not isinstance(content, dict):
+        raise Refusal(f"{path}: found {type(content).__name__}, give a checkpoint or state dict")
+    return content
+
+
+def load_state(path):
+    """The state dict of a checkpoint file, in either form: {'state_dict': ...} or raw."""
+    content = load_checkpoint(path)
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not state:
+        raise Refusal(f"{path}: holds no state dict")
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise Refusal(f"{path}: holds no state dict (something in it is not a tensor)")
+    return OrderedDict(state)
+
+
+# ------------------------------------------------------------------------------ records
+
+
+def average_incremental_accuracy(matrix):
+    """Mean over the states of the mean accuracy on the tasks so far (iCaRL, Rebuffi et al. 2017).
+
+    matrix: row t holds the accuracies (percent) of tasks 1..t after state t.
+    """
+    return sum(sum(row) / len(row) for row in matrix) / len(matrix)
+
+
+def forgetting(matrix):
+    """Mean over the old tasks of best earlier accuracy - last accuracy (Chaudhry et al. 2018).
+
+    matrix: as above. In percentage points; None with one task, where nothing can be forgotten.
+    """
+    last = matrix[-1]
+    drops = [
+        max(matrix[state][task] for state in range(task, len(matrix) - 1)) - last[task]
+        for task in range(len(last) - 1)
+    ]
+    return sum(drops) / len(drops) if drops else None
+
+
+def device_name(device):
+    """The device in words, for the records."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+class Record:
+    """What a run has to say: results.json for programs, log_results.txt (tab-separated) for people.
+
+    Both are written anew after every state, wholly or not at all. prefix: goes before both names
+    (main_train has 'retrain_task{t}_', for it works in the folder of a main_BU run). Without a
+    --save_dir (test.py) nothing is written.
+    """
+
+    def __init__(self, script, args, data, device, prefix=""):
+        self.folder, self.prefix = args.save_dir, prefix
+        self.results = {
+            "script": script,
+            "config": vars(args) | {"data": str(data.source)},
+            "class_order": data.order,
+            "device": device_name(device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+            },
+            "states": [],
+        }
+
+    def add(self, state, accuracy, density, **more):
+        """Add a row: accuracy is a list (percent, tasks 1..), density that of the model tested."""
+        row = {"state": state, "accuracy": accuracy, "mean": sum(accuracy) / len(accuracy)}
+        row |= {"density": density} | more
+        self.results["states"].append(row)
+        self.write()
+        listed = " ".join(f"{a:.2f}" for a in accuracy)
+        print(f"state {state}: test accuracy {listed}, mean {row['mean']:.2f} %", end="")
+        print(f" at {density:.2f} % of the weights", flush=True)
+
+    def close(self, matrix=None):
+        """Write the last time; with the accuracy matrix of all states, its summaries too."""
+        if matrix:
+            average, lost = average_incremental_accuracy(matrix), forgetting(matrix)
+            self.results |= {"average_incremental_accuracy": average, "forgetting": lost}
+            print(f"average incremental accuracy {average:.2f} %", end="")
+            print("" if lost is None else f", forgetting {lost:.2f}")
+        self.write()
+        if self.folder:
+            print(f"records: {self.folder}/{self.prefix}results.json", flush=True)
+        return self.results
+
+    def write(self):
+        texts = {"results.json": json.dumps(self.results, indent=1) + "\n"}
+        texts["log_results.txt"] = self.table()
+        for name, text in texts.items() if self.folder else ():
+            path = Path(self.folder) / (self.prefix + name)
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
+
+    def table(self):
+        """The states as tab-separated lines under a line of names."""
+        rows = self.results["states"]
+        tasks = max(len(row["accuracy"]) for row in rows)
+        names = ["state", *(f"task{t + 1}" for t in range(tasks))]
+        lines = [[*names, "mean", "density_tested", "density_ticket", "seconds"]]
+        for row in rows:
+            cells = [f"{a:.2f}" for a in row["accuracy"]]
+            cells += [""] * (tasks - len(cells))
+            for name, digits in (
+                ("mean", 2),
+                ("density", 2),
+                ("ticket_density", 2),
+                ("seconds", 0),
+            ):
+                cells.append(f"{row[name]:.{digits}f}" if name in row else "")
+            lines.append([str(row["state"]), *cells])
+        return "".join("\t".join(line) + "\n" for line in lines)
