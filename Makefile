@@ -1,0 +1,57 @@
+# make demo    the whole method on the embedded digits, in a few minutes on a CPU
+# make test    lint and all tests
+# make clean   remove what they made
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+# What makes the demo small: the digits, a narrow network, few epochs, small batches. In the same
+# measure the learning rate is higher, and fewer pool images are queried.
+DEMO = --dataset digits --width 8 --epochs 12 --decreasing_lr 8,10 --lr 0.05 --batch_size 64 \
+       --unlabel_num 3
+TICKETS = --iter_epochs 1
+
+.PHONY: demo test lint clean
+
+demo: demo/TD.done demo/BU.done demo/TR.done
+	@echo; echo "The result of main_TD (pruned) and the dense model of main_BU, by test.py:"
+	@$(RUN) test.py $(DEMO) --pretrained demo/TD/task6_best_model.pt --pruned
+	@$(RUN) test.py $(DEMO) --pretrained demo/BU/task5_best_model.pt
+	@echo; $(RUN) report.py demo/TD demo/BU --out demo
+
+demo/TD.done: | $(VENV)/installed
+	$(RUN) main_TD.py $(DEMO) $(TICKETS) --save_dir demo/TD
+	@touch $@
+
+demo/BU.done: | $(VENV)/installed
+	$(RUN) main_BU.py $(DEMO) $(TICKETS) --save_dir demo/BU
+	@touch $@
+
+# the bottom-up ticket of task 3, task-rewound: its mask on the dense weights of task 2
+demo/TR.done: | demo/BU.done
+	$(RUN) main_train.py $(DEMO) --save_dir demo/BU --state 3 \
+	    --weight demo/BU/task2_best_model.pt --mask demo/BU/mask-3.pt
+	@touch $@
+
+test: $(VENV)/installed-dev lint
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+	    'Python 3.10 or newer is needed; name one with make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf demo .venv

@@ -1,0 +1,64 @@
+"""What the tests share: a tiny data set in memory, and the arguments of a tiny run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dataset import Data
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def args(tmp_path):
+    """The flags of a tiny run: 3 tasks of 2 classes."""
+    return SimpleNamespace(
+        dataset="digits",
+        data=None,
+        classifiers=3,
+        classes_per_classifier=2,
+        unlabel_num=3,
+        save_dir=str(tmp_path / "run"),
+        save_data_path=str(tmp_path / "run" / "data"),
+        epochs=2,
+        batch_size=24,
+        lr=0.01,
+        decreasing_lr=[1],
+        momentum=0.9,
+        weight_decay=5e-4,
+        iter_epochs=1,
+        percent=0.2,
+        width=4,
+        seed=0,
+        print_freq=50,
+    )
+
+
+@pytest.fixture
+def data():
+    """Six classes of random 16x16 images, of which class c leans to brightness 40*c."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(per_class):
+        noise = {c: torch.rand(per_class + c, 16, 16, 3, generator=generator) for c in range(6)}
+        return {c: (40 * c + 50 * x).to(torch.uint8) for c, x in noise.items()}
+
+    train = part(11)
+    return Data(
+        source="test",
+        classifiers=3,
+        classes_per_classifier=2,
+        order=[3, 1, 5, 0, 2, 4],
+        train=train,
+        val=part(4),
+        test=part(5),
+        exemplars={c: images[:4] for c, images in train.items()},
+        pool=(255 * torch.rand(60, 16, 16, 3, generator=generator)).to(torch.uint8),
+        mean=torch.full((3, 1, 1), 0.5),
+        std=torch.full((3, 1, 1), 0.25),
+        pad=4,
+    )
