@@ -8,11 +8,6 @@ import torch
 from dataset import Data
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-
-
 @pytest.fixture
 def args(tmp_path):
     """The flags of a tiny run: 3 tasks of 2 classes."""
