@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 import utils
 from utils import Refusal
@@ -242,23 +243,22 @@ def check_part(source, part, arrays, order, shape):
         if images is None:
             raise Refusal(f"{source}: {part} has no class {c}; prepare the set anew")
         check_images(f"{source}: {part}, class {c}", images)
-        if not len(images) or images.shape[1:] != shape:
+        if images.shape[1:] != shape:
             raise Refusal(
-                f"{source}: {part}, class {c}: found {list(images.shape)}, "
-                f"give at least one image of {list(shape)}"
+                f"{source}: {part}, class {c}: found images of {list(images.shape[1:])}, "
+                f"give {list(shape)} as in the pool"
             )
 
 
 def check_images(where, images):
-    """Refuse what is not a uint8 array [n,H,W,3]."""
-    if (
-        not isinstance(images, np.ndarray)
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] != 3
-    ):
-        found = f"{getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}"
-        raise Refusal(f"{where}: found {found}, give uint8 [n,H,W,3]")
+    """Refuse what is not a uint8 array [n,H,W,3] of at least one image."""
+    if not isinstance(images, np.ndarray):
+        found = type(images).__name__
+    elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        found = f"{images.dtype} {list(images.shape)}"
+    else:
+        return
+    raise Refusal(f"{where}: found {found}, give uint8 [n,H,W,3], n > 0")
 
 
 def read(name, source):
@@ -289,10 +289,11 @@ def read_prepared(name, source):
                 parts[part] = {int(c): arrays[c] for c in arrays.files}
         pool = utils.load_array(source / f"{name}_pool.npy")
         names = {int(c): word for c, word in meta["names"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise Refusal(
-            f"--data {source}: damaged ({error}); delete it and prepare it anew"
-        ) from None
+    except Refusal:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        words = utils.first_line(error)
+        raise Refusal(f"--data {source}: damaged ({words}); delete it, prepare it anew") from None
     check_images(source / f"{name}_pool.npy", pool)
     return parts, pool, names
 
@@ -344,18 +345,17 @@ def split(images, c, parts, seed, exemplars=EXEMPLARS):
 
 def official(kind, raw, given):
     """A torchvision set, train and test, from the folder raw, downloaded unless `given`."""
-    if given and raw.name == kind.base_folder:
-        raw = raw.parent
-    archive = (raw / kind.filename).exists()
+    # "downloading" a sound archive that is there already only unpacks it
+    download = not given or check_integrity(raw / kind.filename, kind.tgz_md5)
     try:
-        return [kind(raw, train=train, download=archive or not given) for train in (True, False)]
+        return [kind(raw, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         wanted = f"{kind.filename} or the unpacked {kind.base_folder}"
         if given:
             raise Refusal(f"--raw {raw}: holds no sound {wanted}; put it there") from None
         raise Refusal(
-            f"{kind.__name__} cannot be downloaded ({error}): put {wanted} into {raw}, "
-            f"or name its folder with python dataset.py --raw DIR"
+            f"{kind.__name__} cannot be downloaded ({utils.first_line(error)}): put {wanted} into "
+            f"{raw}, or name its folder with python dataset.py --raw DIR"
         ) from None
 
 
@@ -372,6 +372,8 @@ def prepare(name, folder, raw=None, unlabeled=None, per_class=None, seed=0):
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
     if given and not raw.is_dir():
         raise Refusal(f"--raw {raw}: no such folder")
+    if given and raw.name in (CIFAR10.base_folder, CIFAR100.base_folder):
+        raw = raw.parent
     if unlabeled:
         pool, origin = utils.load_array(unlabeled), str(unlabeled)
         check_images(f"--unlabeled {unlabeled}", pool)
@@ -379,7 +381,7 @@ def prepare(name, folder, raw=None, unlabeled=None, per_class=None, seed=0):
     train, test = official(CIFAR10, raw, given)
     if not unlabeled:
         pool, origin = official(CIFAR100, raw, given)[0].data, "CIFAR-100 training images"
-    if not len(pool) or pool.shape[1:] != train.data.shape[1:]:
+    if pool.shape[1:] != train.data.shape[1:]:
         found = f"found images of {list(pool.shape)}, give [n,32,32,3]"
         raise Refusal(f"--unlabeled {unlabeled}: {found}")
     parts = {part: {} for part in PARTS}
@@ -403,7 +405,7 @@ def write_set(name, folder, parts, pool, meta):
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise Refusal(f"--data {folder}: cannot be written ({error.strerror})") from None
+        raise Refusal(f"--data {folder}: cannot be written ({utils.first_line(error)})") from None
     try:
         for part, arrays in parts.items():
             by_name = {str(c): images for c, images in arrays.items()}
@@ -417,7 +419,9 @@ def write_set(name, folder, parts, pool, meta):
         os.rename(beside, folder)
     except OSError as error:
         if not (folder / "meta.json").exists():  # else another process was first, with the same
-            raise Refusal(f"--data {folder}: cannot be written ({error.strerror})") from None
+            raise Refusal(
+                f"--data {folder}: cannot be written ({utils.first_line(error)})"
+            ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -453,7 +457,6 @@ def preview(data, path, columns=8, scale=2):
         for i, image in enumerate(data.train[k][:columns].cpu().numpy()):
             tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             picture.paste(tile, (x + i * width, y + label))
-    path.parent.mkdir(parents=True, exist_ok=True)
     utils.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -470,19 +473,32 @@ def main(argv=None):
         metavar="N",
         help="a smaller set: at most N training and N test images of each class",
     )
-    flag("--seed", type=utils.whole(0), default=0, metavar="N", help="of the split (default 0)")
+    flag("--seed", type=utils.whole(0), metavar="N", help="of the split (default 0)")
     args = parser.parse_args(argv)
     args.classifiers = args.classes_per_classifier = args.save_dir = args.save_data_path = None
     args.batch_size = 256
     complete(args, "")
     folder = Path(args.data or f"data/{args.dataset}")
-    if args.dataset != "digits":
-        if (folder / "meta.json").exists():
-            print(f"{folder}: prepared before, nothing to do")
-        elif not (folder / f"{args.dataset}_train.pkl").exists():
-            prepare(args.dataset, folder, args.raw, args.unlabeled, args.per_class, args.seed)
+    wishes = {"per_class": args.per_class, "pool": args.unlabeled, "seed": args.seed}
+    wishes = {key: wish for key, wish in wishes.items() if wish is not None}
+    if args.dataset == "digits":
+        if wishes or args.raw:
+            raise Refusal("--dataset digits: embedded, there is nothing to choose but --data")
+    else:
         args.data = str(folder)
+        if (folder / "meta.json").exists():
+            print(f"{folder}: prepared before")
+        elif not (folder / f"{args.dataset}_train.pkl").exists():
+            prepare(args.dataset, folder, args.raw, args.unlabeled, args.per_class, args.seed or 0)
     data = load(args, torch.device("cpu"))
+    meta = folder / "meta.json"
+    made = json.loads(meta.read_text()) if meta.exists() else {}
+    for key, wish in wishes.items():
+        if made.get(key) != wish:
+            raise Refusal(
+                f"--data {folder}: was prepared with {key} {made.get(key)}, not {wish}; "
+                f"delete it or name another"
+            )
     print(table(data))
     preview(data, folder / "preview.png")
     print(f"picture: {folder / 'preview.png'}")

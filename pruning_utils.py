@@ -30,8 +30,8 @@ def weights(model):
 
 
 def masks_of(model):
-    """The masks that the model is under; all ones where it is dense."""
-    own = extract_mask(model.state_dict())
+    """A copy of the masks that the model is under; all ones where it is dense."""
+    own = extract_mask(clone_state(model))
     return own or {n: torch.ones_like(w, dtype=torch.float32) for n, w in weights(model).items()}
 
 

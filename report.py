@@ -41,6 +41,12 @@ def read(folder):
     return runs
 
 
+def label_of(run):
+    """The short name of a run: its method, for a retrained ticket with its task."""
+    ticket = f" {run['states'][0]['state']}" if run["script"] == "main_train" else ""
+    return STYLES[run["script"]][0] + ticket
+
+
 def curve(run):
     """Points (task, mean accuracy, density tested, density of the ticket made) of a run.
 
@@ -60,8 +66,7 @@ def curve(run):
 def table(runs):
     """Lines of text: a row for each task, three columns for each run."""
     curves = [{point[0]: point[1:] for point in curve(run)} for run in runs]
-    labels = [STYLES[run["script"]][0] for run in runs]
-    lines = ["      " + "".join(f"  | {label:<27}" for label in labels)]
+    lines = ["      " + "".join(f"  | {label_of(run):<27}" for run in runs)]
     lines.append("task  " + "  | accuracy   tested   ticket" * len(runs))
     for task in sorted(set().union(*curves)):
         cells = []
@@ -80,20 +85,20 @@ def picture(runs, path):
     tasks = max(run["config"]["classifiers"] for run in runs)
     bars = [run for run in runs if run["script"] != "main_train"]
     for run in runs:
-        label, colour, marker = STYLES[run["script"]]
+        _, colour, marker = STYLES[run["script"]]
         points = curve(run)
         final = f" ({points[-1][3]:.2f} %)"
         line = "" if len(points) == 1 else "-"
         xs, ys = [p[0] for p in points], [p[1] for p in points]
-        above.plot(xs, ys, line + marker, color=colour, label=label + final, ms=6)
+        above.plot(xs, ys, line + marker, color=colour, label=label_of(run) + final, ms=6)
         if run["script"] == "main_BU":
             dense = [sum(row["dense_accuracy"]) / row["state"] for row in run["states"]]
             above.plot(xs, dense, ":", color="0.4", lw=1.2, label="dense of the BU run (100 %)")
     width = 0.8 / max(1, len(bars))
     for place, run in enumerate(bars):
-        label, colour, _ = STYLES[run["script"]]
+        colour = STYLES[run["script"]][1]
         xs = [p[0] + (place - (len(bars) - 1) / 2) * width for p in curve(run)]
-        shown = below.bar(xs, [p[3] for p in curve(run)], width * 0.9, color=colour, label=label)
+        shown = below.bar(xs, [p[3] for p in curve(run)], width * 0.9, color=colour)
         below.bar_label(shown, fmt="%.1f", fontsize=7, padding=1)
     above.set_ylabel("test accuracy on all tasks so far (%)")
     above.legend(title="run (density of its last ticket)", fontsize=8, title_fontsize=8)

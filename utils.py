@@ -25,6 +25,12 @@ class Refusal(Exception):
     """The run cannot go on as asked: one line that names the flag or file and what to do."""
 
 
+def first_line(error):
+    """What an exception says, on one line."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words.splitlines()[0]
+
+
 def run(main):
     """Run a script's main(); a Refusal becomes one line on stderr and exit status 2."""
     try:
@@ -227,15 +233,16 @@ def write_whole(path, write):
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise Refusal(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
+        raise Refusal(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 def save(path, content):
@@ -254,8 +261,8 @@ def load_array(path):
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise Refusal(f"{path}: not a plain .npy array ({error})") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Refusal(f"{path}: not a plain .npy array ({first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise Refusal(f"{path}: found an archive, give a plain .npy array")
     return array
@@ -328,7 +335,7 @@ def load_arrays_pickle(path):
         with open(path, "rb") as file:
             return restricted(ARRAY_NAMES).load(file, encoding="latin1")
     except Exception as error:  # a hostile pickle can raise anything
-        raise Refusal(f"{path}: not a pickle of plain arrays ({error})") from None
+        raise Refusal(f"{path}: not a pickle of plain arrays ({first_line(error)})") from None
 
 
 def load_checkpoint(path):
@@ -359,8 +366,7 @@ def load_checkpoint(path):
     except Refusal:
         raise
     except Exception as error:  # a hostile or damaged file can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Refusal(f"{path}: not a checkpoint that can be read ({reason})") from None
+        raise Refusal(f"{path}: not a checkpoint that can be read ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise Refusal(f"{path}: found {type(content).__name__}, give a checkpoint or state dict")
     return content
