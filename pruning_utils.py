@@ -129,11 +129,15 @@ def load_state(model, state, masks=None, source="the state dict"):
 def refuse_misfit(model, dense, source):
     """Say in one line how a dense state dict and the model differ, if they do."""
     wanted = dense_state(model.state_dict())
-    first, own = dense.get("conv1.weight"), wanted["conv1.weight"]
-    if first is not None and len(first) != len(own):
-        raise Refusal(f"{source}: is of width {len(first)}, this run has --width {len(own)}")
+
+    def rows(state, key):
+        return state[key].shape[0] if key in state and state[key].ndim else 0
+
+    width, own = (rows(s, "conv1.weight") for s in (dense, wanted))
+    if width and width != own:
+        raise Refusal(f"{source}: is of width {width}, this run has --width {own}")
     heads = [sum(key.startswith("linear.") for key in s) // 2 for s in (dense, wanted)]
-    classes = [len(s.get("linear.0.weight", ())) for s in (dense, wanted)]
+    classes = [rows(s, "linear.0.weight") for s in (dense, wanted)]
     if heads[0] and (heads[0] != heads[1] or classes[0] != classes[1]):
         raise Refusal(
             f"{source}: has {heads[0]} heads of {classes[0]} classes, this run {heads[1]} of "

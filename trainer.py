@@ -41,7 +41,9 @@ def make_task(data, t, unlabeled):
 def make_model(args, device, *purpose):
     """A freshly initialised network on `device`; the same for the same seed and purpose."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(utils.derive(args.seed, *(purpose or ("initialisation",))))
+        torch.default_generator.manual_seed(
+            utils.derive(args.seed, *(purpose or ("initialisation",)))
+        )
         model = ResNet(args.classes_per_classifier, args.classifiers, args.width)
     return model.to(device)
 

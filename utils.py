@@ -241,7 +241,7 @@ def write_whole(path, write):
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise Refusal(f"{path}: cannot be written ({first_line(error)})") from None
 
 
@@ -261,7 +261,7 @@ def load_array(path):
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise Refusal(f"{path}: not a plain .npy array ({first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise Refusal(f"{path}: found an archive, give a plain .npy array")
@@ -292,22 +292,32 @@ CHECKPOINT_NAMES = {
     ("torch.optim.optimizer", "_RequiredParameter"): Inert,
 }
 
-# All that the published data sets' pickles may name: NumPy arrays and plain containers.
+
+def plain_dtype(kind, *_):
+    """A NumPy dtype of plain values: no objects, whose arrays would hold pointers."""
+    dtype = np.dtype(kind, copy=True)
+    if dtype.kind not in "biufcSU":
+        raise pickle.UnpicklingError(f"it holds values of type {dtype}")
+    return dtype
+
+
+# All that the published data sets' pickles may name: NumPy arrays and plain containers. The
+# array type itself is a mere name here: called, it would make arrays over bytes of the file.
 ARRAY_NAMES = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): "numpy.ndarray",
+    ("numpy", "dtype"): plain_dtype,
     # bytes in the pickles of Python 3, protocol 2: always latin-1
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
-} | {
-    (f"numpy.{core}.{module}", name): getattr(getattr(np._core, module), name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"))
 }
-ARRAY_NAMES |= {
-    (f"numpy.{core}.numeric", "_frombuffer"): np._core.numeric._frombuffer
-    for core in ("core", "_core")
-}
+for core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
+    ARRAY_NAMES |= {
+        (f"{core}.multiarray", "_reconstruct"): lambda *_: np._core.multiarray._reconstruct(
+            np.ndarray, (0,), b"b"
+        ),
+        (f"{core}.multiarray", "scalar"): np._core.multiarray.scalar,
+        (f"{core}.numeric", "_frombuffer"): np._core.numeric._frombuffer,
+    }
 
 
 def restricted(names):
@@ -378,8 +388,8 @@ def load_state(path):
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
         raise Refusal(f"{path}: holds no state dict")
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise Refusal(f"{path}: holds no state dict (something in it is not a tensor)")
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise Refusal(f"{path}: holds no state dict (something in it is no named tensor)")
     return OrderedDict(state)
 
 
