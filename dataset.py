@@ -123,7 +123,7 @@ def draw_views(n, pad, generator):
 
 
 def augment(images, flip, dy, dx, pad):
-    """Flip, pad by `pad` black pixels, crop back at (dy, dx): uint8 [n,H,W,3] to the same."""
+    """Pad by `pad` black pixels, crop back at (dy, dx), flip: uint8 [n,H,W,3] to the same."""
     n, height, width, _ = images.shape
     device = images.device
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))

@@ -32,17 +32,24 @@ def query(exemplars, pool, num):
     centre = pool.mean(0)  # a common shift changes no distance and saves digits below
     exemplars, pool = exemplars - centre, pool - centre
     squares = pool.square().sum(1)
-    selected, left = [], len(pool)
+    # The product below is rounded, by how much at most: those that it cannot tell from the
+    # nearest are compared once more, by their differences.
+    rounding = pool.shape[1] * torch.finfo(pool.dtype).eps
+    slack = 2 * rounding * (exemplars.norm(dim=1) + squares.max().sqrt()).square()
+    place, selected, left = 0, [], len(pool)
     for block in exemplars.split(max(1, DISTANCES_AT_ONCE // len(pool))):
         # |e-p|^2 less |e|^2, which is the same for all p
         for row in torch.addmm(squares, block, pool.T, alpha=-2):
             if not left:
                 break
             row.masked_fill_(taken, torch.inf)
-            nearest = row.sort(stable=True).indices[: min(num, left)]
+            wanted = min(num, left)
+            near = (row <= row.kthvalue(wanted).values + slack[place]).nonzero().squeeze(1)
+            distances = (pool[near] - exemplars[place]).square().sum(1)
+            nearest = near[distances.sort(stable=True).indices[:wanted]]
             taken[nearest] = True
             selected.append(nearest)
-            left -= len(nearest)
+            left, place = left - wanted, place + 1
     return torch.cat(selected)
 
 
@@ -95,14 +102,15 @@ def lesson(args, data, t):
         for name in ("img", "dis_label", "dis_label_main")
     )
     shape = (3, *data.pool.shape[1:3])
-    if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or images.shape[1:] != shape:
+    kinds = (np.uint8, np.float32)
+    if images.dtype not in kinds or images.shape[1:] != shape or not len(images):
         raise Refusal(
             f"{folder}/task{k}_img.npy: found {images.dtype} {list(images.shape)}, "
-            f"give uint8 or float32 {['n', *shape]}"
+            f"give uint8 or float32 [n,{shape[0]},{shape[1]},{shape[2]}], n > 0"
         )
     for name, array in (("dis_label", labels), ("dis_label_main", labels_main)):
         wanted = (len(images), k * data.classes_per_classifier)
-        if array.dtype != np.float32 or array.shape != wanted or not len(images):
+        if array.dtype != np.float32 or array.shape != wanted:
             raise Refusal(
                 f"{folder}/task{k}_{name}.npy: found {array.dtype} {list(array.shape)}, "
                 f"give float32 {list(wanted)}"

@@ -1,0 +1,108 @@
+"""Training and querying as the published code computes them, plain and slow (SPEC sections 4, 5).
+
+It shares no logic with the code under test. Every use of a batch is a forward pass of its own,
+so BatchNorm needs no trick here; distances are taken one exemplar at a time.
+"""
+
+import numpy as np
+import torch
+from torch.nn.utils import prune as torch_prune
+
+
+def cross_entropy(logits, labels):
+    """Mean over n of -log softmax at the label. logits [n,classes], labels [n]."""
+    total = 0
+    for row, label in zip(logits, labels):
+        total = total + row.exp().sum().log() - row[label]
+    return total / len(logits)
+
+
+def KD(logits, stored):
+    """4 * mean over n of -sum softmax(stored/2) log_softmax(logits/2); both [n,classes]."""
+    total = 0
+    for row, teacher in zip(logits / 2, stored / 2):
+        soft = teacher.exp() / teacher.exp().sum()
+        total = total - (soft * (row - row.exp().sum().log())).sum()
+    return 4 * total / len(logits)
+
+
+def task1_loss(model, x, y):
+    """The batch passes twice, once for each kind of heads."""
+    random = cross_entropy(model(x, 1, main_fc=False), y)
+    balanced = cross_entropy(model(x, 1, main_fc=True), y)
+    return random + balanced
+
+
+def KD_parts(model, k, random, new, old, unlabeled):
+    """The five parts of task k's loss, from five passes in the published order."""
+    (x, y), (x_new, y_new), (x_old, y_old), (u, stored, stored_main) = random, new, old, unlabeled
+    return {
+        "random": cross_entropy(model(x, k, main_fc=False), y),
+        "new": cross_entropy(model(x_new, k, main_fc=True), y_new),
+        "old": cross_entropy(model(x_old, k, main_fc=True), y_old),
+        "KD": KD(model(u, k - 1, main_fc=False), stored),
+        "KD_main": KD(model(u, k - 1, main_fc=True), stored_main),
+    }
+
+
+def KD_loss(model, k, sub, *batches):
+    """Task k's loss; the weights a and b come from the batch size, not from the batches."""
+    parts = KD_parts(model, k, *batches)
+    a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
+    balanced = a * parts["new"] + b * parts["old"] + parts["KD_main"]
+    return parts["random"] + parts["KD"] + 0.5 * balanced
+
+
+def put_under(model, masks):
+    """Prune with PyTorch's own tool. masks: {name of a convolution: 0/1 tensor}."""
+    modules = dict(model.named_modules())
+    for name, mask in masks.items():
+        torch_prune.custom_from_mask(modules[name], "weight", mask.to(modules[name].weight))
+
+
+def accuracy(model, x, labels, k):
+    """Percent of the images x [n,3,H,W] that the balanced heads 1..k tell right, one by one."""
+    model.eval()
+    right = 0
+    for image, label in zip(x, labels):
+        with torch.no_grad():
+            right += int(model(image[None], k, main_fc=True).argmax()) == int(label)
+    return 100 * right / len(labels)
+
+
+def view(image, flip, dy, dx, pad):
+    """One training view of an image [H,W,3] (NumPy): flip, then pad with black, then crop."""
+    height, width, _ = image.shape
+    if flip:
+        image = image[:, ::-1]
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, 3), image.dtype)
+    padded[pad : pad + height, pad : pad + width] = image
+    return padded[dy : dy + height, dx : dx + width]
+
+
+def find_view(found, image, pad):
+    """The (flip, dy, dx) with which `found` [H,W,3] is a view of `image`; None if it is none."""
+    for flip in (False, True):
+        for dy in range(2 * pad + 1):
+            for dx in range(2 * pad + 1):
+                if np.array_equal(found, view(image, flip, dy, dx, pad)):
+                    return flip, dy, dx
+    return None
+
+
+def normalise(images, mean, std):
+    """uint8 [n,H,W,3] to [n,3,H,W]: to [0,1], then mean and std (floats per channel)."""
+    images = np.asarray(images).astype(np.float64) / 255
+    channels = [(images[..., i] - mean[i]) / std[i] for i in range(3)]
+    return torch.from_numpy(np.stack(channels, axis=1))
+
+
+def query(exemplars, pool, num):
+    """Places in the pool: each exemplar in turn takes its `num` nearest that are not yet taken."""
+    exemplars, pool = np.asarray(exemplars, np.float64), np.asarray(pool, np.float64)
+    taken = []
+    for exemplar in exemplars:
+        distances = np.array([np.sqrt(((exemplar - image) ** 2).sum()) for image in pool])
+        free = [place for place in np.argsort(distances, kind="stable") if place not in set(taken)]
+        taken += free[:num]
+    return taken

@@ -1,0 +1,408 @@
+"""Lottery teaching against SPEC section 5: the query, the files it leaves, reading them back."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dataset
+import teaching
+import trainer
+from utils import Refusal
+
+ORDER = [3, 1, 5, 0, 2, 4]  # the class order of the fixture `data`
+FILES = ("select_index", "img", "dis_label", "dis_label_main")
+
+
+# ------------------------------------------------------------------------------ the query
+
+
+def random_features(m, p, d, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m + p, d, generator=generator, dtype=dtype).split([m, p])
+
+
+@pytest.mark.parametrize(
+    "m, p, d, num",
+    [
+        (1, 1, 1, 1),
+        (1, 30, 3, 30),
+        (7, 50, 1, 3),
+        (20, 101, 16, 5),
+        (13, 64, 33, 1),
+        (9, 97, 8, 11),
+    ],
+)
+def test_query_is_that_of_brute_force(m, p, d, num):
+    exemplars, pool = random_features(m, p, d)
+    found = teaching.query(exemplars, pool, num)
+    assert found.dtype == torch.int64
+    assert found.tolist() == reference.query(exemplars, pool, num)
+
+
+def test_query_by_hand():
+    """The first exemplar takes what the second would rather have had; nearest first."""
+    pool = torch.tensor([[5.0], [0.0], [2.0], [9.0], [3.5]], dtype=torch.float64)
+    exemplars = torch.tensor([[2.1], [2.0]], dtype=torch.float64)
+    assert teaching.query(exemplars, pool, 2).tolist() == [2, 4, 1, 0]
+    assert teaching.query(exemplars.flip(0), pool, 2).tolist() == [2, 4, 1, 0]
+    exemplars = torch.tensor([[6.0], [-4.0]], dtype=torch.float64)
+    assert teaching.query(exemplars, pool, 2).tolist() == [0, 4, 1, 2]
+    assert teaching.query(exemplars.flip(0), pool, 2).tolist() == [1, 2, 0, 4]
+
+
+def test_query_hangs_on_the_order_of_the_exemplars():
+    exemplars, pool = random_features(12, 40, 4)
+    orders = [exemplars, exemplars.flip(0)]
+    found, reverse = (teaching.query(e, pool, 3).tolist() for e in orders)
+    assert [found, reverse] == [reference.query(e, pool, 3) for e in orders]
+    assert set(found) != set(reverse)
+
+
+@pytest.mark.parametrize("m, p, num", [(4, 10, 3), (4, 10, 5), (3, 10, 25), (5, 10, 2), (2, 1, 4)])
+def test_a_pool_that_runs_out_is_taken_whole_and_once(m, p, num):
+    exemplars, pool = random_features(m, p, 6)
+    found = teaching.query(exemplars, pool, num).tolist()
+    assert found == reference.query(exemplars, pool, num)
+    assert sorted(found) == list(range(p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("m, p, d", [(15, 41, 3), (15, 257, 64), (2, 41, 4), (3, 1003, 4)])
+def test_equal_pool_images_are_taken_lower_place_first(m, p, d, dtype):
+    """Equal ones stay equal wherever they lie in the pool: no rounding may tell them apart."""
+    exemplars, images = random_features(m, 20, d, dtype=dtype)
+    places = torch.randint(20, (p,), generator=torch.Generator().manual_seed(1))
+    found = teaching.query(exemplars, images[places], 2)
+    assert found.tolist() == reference.query(exemplars, images[places], 2)
+
+
+def test_an_exemplar_may_itself_be_in_the_pool_many_times():
+    pool = torch.zeros(9, 4, dtype=torch.float64)
+    assert teaching.query(pool[:2], pool, 3).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 100, 399, 400])
+def test_blocks_of_distances_change_nothing(monkeypatch, at_once):
+    exemplars, pool = random_features(20, 40, 8)
+    wanted = teaching.query(exemplars, pool, 3)
+    monkeypatch.setattr(teaching, "DISTANCES_AT_ONCE", at_once)
+    found = teaching.query(exemplars, pool, 3)
+    assert torch.equal(found, wanted)
+    assert len(found) == 40  # and it runs out in the middle of a block
+
+
+def test_all_distances_never_exist_at_once(monkeypatch):
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (result,) if isinstance(t, torch.Tensor))
+            return result
+
+    monkeypatch.setattr(teaching, "DISTANCES_AT_ONCE", 500)
+    exemplars, pool = random_features(60, 100, 4)
+    with Watch():
+        teaching.query(exemplars, pool, 1)
+    assert sizes and max(sizes) <= 500
+
+
+def test_features_far_from_zero_cost_no_digits():
+    """Those of a network without BatchNorm at its end need not be centred."""
+    exemplars, pool = (1000 + x for x in random_features(20, 60, 8, dtype=torch.float32))
+    found = teaching.query(exemplars, pool, 2)
+    assert found.tolist() == reference.query(exemplars, pool, 2)
+
+
+# ------------------------------------------------------------------------------ teaching
+
+
+@pytest.fixture
+def teacher(args):
+    """A network whose BatchNorm statistics are not the initial ones, left in training mode."""
+    model = trainer.make_model(args, torch.device("cpu"))
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model.train()(2 * x + 1)
+    return model
+
+
+def arrays(args, t):
+    folder = Path(args.save_data_path)
+    return {name: np.load(folder / f"task{t}_{name}.npy", allow_pickle=False) for name in FILES}
+
+
+def normalised(images):
+    """Stored uint8 [n,3,H,W], by the formula with the mean and std of the fixture."""
+    return (torch.from_numpy(images).double() / 255 - 0.5) / 0.25
+
+
+@pytest.mark.parametrize("t, n", [(1, 24), (2, 48), (3, 60)])
+def test_files_of_teaching(teacher, data, args, t, n):
+    teaching.teach(teacher, data, args, t)
+    folder = Path(args.save_data_path)
+    assert {path.name for path in folder.iterdir()} == {f"task{t}_{name}.npy" for name in FILES}
+    found = {name: (array.dtype, array.shape) for name, array in arrays(args, t).items()}
+    assert found == {
+        "select_index": (np.int64, (n,)),
+        "img": (np.uint8, (n, 3, 16, 16)),
+        "dis_label": (np.float32, (n, 2 * t)),
+        "dis_label_main": (np.float32, (n, 2 * t)),
+    }
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_what_is_queried_is_near_the_exemplars_so_far(teacher, data, args, monkeypatch, t):
+    """In float64, where no rounding can decide which of two images is the nearer one."""
+    normalise = dataset.normalise
+    monkeypatch.setattr(dataset, "normalise", lambda *both: normalise(*both).double())
+    teacher.double()
+    selected = teaching.teach(teacher, data, args, t)
+
+    def features(images):
+        x = reference.normalise(images, [0.5] * 3, [0.25] * 3)
+        with torch.no_grad():
+            return teacher.eval()(x, is_feature=True)
+
+    exemplars = torch.cat([data.exemplars[c] for c in ORDER[: 2 * t]])
+    wanted = reference.query(features(exemplars), features(data.pool), args.unlabel_num)
+    assert selected.tolist() == wanted
+    assert arrays(args, t)["select_index"].tolist() == wanted
+
+
+def test_stored_images_are_views_of_the_queried_ones(teacher, data, args):
+    teaching.teach(teacher, data, args, 2)
+    found = arrays(args, 2)
+    views = [
+        reference.find_view(image.transpose(1, 2, 0), data.pool[place].numpy(), pad=4)
+        for image, place in zip(found["img"], found["select_index"])
+    ]
+    assert None not in views
+    flips, down, right = (set(draws) for draws in zip(*views))
+    assert flips == {False, True} and down == right == set(range(9))
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args, t):
+    teaching.teach(teacher, data, args, t)
+    found = arrays(args, t)
+    x = normalised(found["img"]).float()
+    with torch.no_grad():
+        features = teacher.eval().features(x)
+        for name, heads in (
+            ("dis_label", teacher.linear),
+            ("dis_label_main", teacher.linear_main),
+        ):
+            wanted = torch.cat([heads[i](features) for i in range(t)], dim=1)
+            torch.testing.assert_close(
+                torch.from_numpy(found[name]), wanted, rtol=1e-4, atol=1e-5, msg=name
+            )
+    assert not np.allclose(found["dis_label"], found["dis_label_main"])
+
+
+def test_teaching_leaves_the_teacher_as_it_was(teacher, data, args):
+    before = copy.deepcopy(teacher.state_dict())
+    teaching.teach(teacher, data, args, 2)
+    after = teacher.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_teaching_leaves_the_pool_as_it_was(teacher, data, args):
+    before = data.pool.clone()
+    teaching.teach(teacher, data, args, 2)
+    assert torch.equal(data.pool, before)
+
+
+def test_teaching_hangs_on_seed_and_task_alone(teacher, data, args):
+    teaching.teach(teacher, data, args, 1)
+    first = arrays(args, 1)
+    teaching.teach(teacher, data, args, 2)
+    torch.manual_seed(99)
+    teaching.teach(teacher, data, args, 1)
+    again = arrays(args, 1)
+    assert all(np.array_equal(first[name], again[name]) for name in FILES)
+    args.seed = 1
+    teaching.teach(teacher, data, args, 1)
+    other = arrays(args, 1)
+    assert np.array_equal(first["select_index"], other["select_index"])
+    assert not np.array_equal(first["img"], other["img"])
+
+
+def test_views_are_drawn_anew_for_each_task(teacher, data, args, monkeypatch):
+    draws, draw_views = [], dataset.draw_views
+    monkeypatch.setattr(
+        dataset, "draw_views", lambda *given: draws.append(draw_views(*given)) or draws[-1]
+    )
+    args.unlabel_num = 60  # every task queries the whole pool
+    for t in (1, 2):
+        teaching.teach(teacher, data, args, t)
+    assert all(len(some) == len(other) == 60 for some, other in zip(*draws))
+    assert not any(torch.equal(some, other) for some, other in zip(*draws))
+
+
+@pytest.mark.parametrize("num, taken", [(3, 48), (4, 60), (50, 60)])
+def test_a_pool_that_runs_out_is_told(teacher, data, args, capsys, num, taken):
+    args.unlabel_num = num
+    assert len(teaching.teach(teacher, data, args, 2)) == taken
+    out = capsys.readouterr().out
+    if taken < 60:
+        assert out == ""
+    else:
+        assert "pool ran out" in out and "60" in out and str(16 * num) in out
+        assert len(out.splitlines()) == 1
+
+
+def test_a_pool_that_is_just_enough_did_not_run_out(teacher, data, args, capsys):
+    data.pool = data.pool[:48]
+    assert len(teaching.teach(teacher, data, args, 2)) == 48
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------ the lesson
+
+
+def store(args, k=1, n=7, **changes):
+    """The four files of task k, with an array or bytes of one's own for some (None: no file)."""
+    generator = np.random.default_rng(0)
+    content = {
+        "select_index": np.arange(n),
+        "img": generator.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8),
+        "dis_label": generator.normal(size=(n, 2 * k)).astype(np.float32),
+        "dis_label_main": generator.normal(size=(n, 2 * k)).astype(np.float32),
+    } | changes
+    folder = Path(args.save_data_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in content.items():
+        path = folder / f"task{k}_{name}.npy"
+        if array is None:
+            path.unlink(missing_ok=True)
+        elif isinstance(array, bytes):
+            path.write_bytes(array)
+        else:
+            np.save(path, array, allow_pickle=True)
+    return content
+
+
+def test_task_1_has_no_lesson(args, data):
+    assert teaching.lesson(args, data, 1) is None
+
+
+@pytest.mark.parametrize("t", [2, 3])
+def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, args, t):
+    for k in (1, 2, 3):
+        teaching.teach(teacher, data, args, k)
+    stored = arrays(args, t - 1)
+    images, logits, logits_main = teaching.lesson(args, data, t)
+    assert images.dtype == torch.uint8 and logits.dtype == logits_main.dtype == torch.float32
+    assert np.array_equal(images.numpy(), stored["img"].transpose(0, 2, 3, 1))
+    assert np.array_equal(logits.numpy(), stored["dis_label"])
+    assert np.array_equal(logits_main.numpy(), stored["dis_label_main"])
+
+
+def test_select_index_is_not_needed(args, data):
+    """In the published files the rows of the others do not follow it."""
+    store(args, select_index=None)
+    assert len(teaching.lesson(args, data, 2)) == 3
+
+
+def test_the_published_form_gives_the_same_batches(args, data):
+    ours = store(args, k=2)
+    lesson = teaching.lesson(args, data, 3)
+    store(args, k=2, img=normalised(ours["img"]).float().numpy())
+    published = teaching.lesson(args, data, 3)
+    assert published[0].dtype == torch.float32
+
+    def batches(tensors):
+        return dataset.one_pass(tensors, 3, data, torch.Generator().manual_seed(0), augmented=False)
+
+    for some, other in zip(batches(lesson), batches(published), strict=True):
+        for a, b in zip(some, other, strict=True):
+            assert a.dtype == b.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def object_array(n=7):
+    """What only unpickling could read."""
+    return np.array([{"row": i} for i in range(n)], dtype=object)
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def npy_file(shape):
+    """The bytes of a .npy file that claims this shape and holds one number."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4)
+
+
+BAD_FOR_ALL = {
+    "missing": None,
+    "objects": object_array(),
+    "empty file": b"",
+    "plain pickle": pickle.dumps([1, 2]),
+    "cut short": npy_file("(7, 4)"),
+    "broken header": npy_file("(((("),
+    "claims far too much": npy_file(f"({10**15},)"),
+    "broken archive": b"PK\x03\x04 and then nothing of an archive",
+    "a number": np.float32(1),
+}
+BAD_IMAGES = {
+    "channels last": zeros(7, 16, 16, 3, dtype=np.uint8),
+    "other size": zeros(7, 3, 32, 32, dtype=np.uint8),
+    "not square": zeros(7, 3, 16, 8),
+    "grey": zeros(7, 1, 16, 16, dtype=np.uint8),
+    "one image": zeros(3, 16, 16),
+    "float64": zeros(7, 3, 16, 16, dtype=np.float64),
+    "int64": zeros(7, 3, 16, 16, dtype=np.int64),
+}
+BAD_LABELS = {
+    "too few rows": zeros(6, 4),
+    "too many rows": zeros(8, 4),
+    "of the task before": zeros(7, 2),
+    "of the task after": zeros(7, 6),
+    "flat": zeros(28),
+    "float64": zeros(7, 4, dtype=np.float64),
+    "int64": zeros(7, 4, dtype=np.int64),
+}
+BAD = [
+    pytest.param(name, content, id=f"{name}-{what}")
+    for name in ("img", "dis_label", "dis_label_main")
+    for what, content in (BAD_FOR_ALL | (BAD_IMAGES if name == "img" else BAD_LABELS)).items()
+]
+
+
+@pytest.mark.parametrize("name, content", BAD)
+def test_a_file_that_does_not_fit_is_refused_by_name(args, data, name, content):
+    store(args, k=2)
+    teaching.lesson(args, data, 3)  # what fits is taken
+    store(args, k=2, **{name: content})
+    with pytest.raises(Refusal) as refusal:
+        teaching.lesson(args, data, 3)
+    words = str(refusal.value)
+    assert f"task2_{name}.npy" in words and len(words.splitlines()) == 1
+
+
+def test_nothing_is_unpickled(args, data, tmp_path):
+    """A file from elsewhere must not be able to run anything."""
+    trace = tmp_path / "trace"
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    objects = np.array([Hostile()], dtype=object)
+    for name in ("img", "dis_label", "dis_label_main"):
+        for content in (objects, pickle.dumps(Hostile())):
+            store(args, **{name: content})
+            with pytest.raises(Refusal):
+                teaching.lesson(args, data, 2)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Hostile())).close()
+    assert trace.exists()  # it would have left a trace
