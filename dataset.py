@@ -1,7 +1,7 @@
 """Dict-of-classes data sets, held on the device as uint8, and the batches made there.
 
 A set is a dict {class id: uint8 [n,H,W,3]} for each of train, val, test and exemplars, and a pool
-of unlabeled images uint8 [n,H,W,3] (SPEC section 2). As a script it prepares one:
+of unlabeled images uint8 [n,H,W,3] (METHOD.md section 2). As a script it prepares one:
 
     python dataset.py --dataset cifar10                      downloads what it needs to data/raw
     python dataset.py --dataset cifar10 --raw DIR            DIR holds the official files

@@ -1,4 +1,4 @@
-"""Bottom-up lifelong tickets: start tiny, re-grow when a new task needs room (SPEC section 6).
+"""Bottom-up lifelong tickets: start tiny, re-grow when a new task needs room (METHOD.md section 6).
 
     python main_BU.py                                   the published protocol on CIFAR-10
     python main_BU.py --select_on val                   choose tickets on validation images

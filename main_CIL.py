@@ -1,4 +1,4 @@
-"""The dense baseline: all tasks with lottery teaching, no pruning (SPEC section 6).
+"""The dense baseline: all tasks with lottery teaching, no pruning (METHOD.md section 6).
 
     python main_CIL.py                                  the published protocol on CIFAR-10
     python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3

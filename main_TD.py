@@ -1,4 +1,4 @@
-"""Top-down lifelong tickets: prune on a curriculum, task after task (SPEC section 6).
+"""Top-down lifelong tickets: prune on a curriculum, task after task (METHOD.md section 6).
 
     python main_TD.py                                   the published protocol on CIFAR-10
     python main_TD.py --prune_scheduler 1,1,3,4,5       the schedule of the paper's Figure 4

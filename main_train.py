@@ -1,4 +1,4 @@
-"""Train a ticket on a task: weights W under mask M (SPEC section 6).
+"""Train a ticket on a task: weights W under mask M (METHOD.md section 6).
 
     D=BU_cifar10
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3

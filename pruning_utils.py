@@ -1,4 +1,4 @@
-"""Masks: prune globally, apply, extract, rewind, count (SPEC section 6).
+"""Masks: prune globally, apply, extract, rewind, count (METHOD.md section 6).
 
 A dict of masks maps the name of a convolution ('layer1.0.conv1') to a float32 0/1 tensor of its
 weight's shape, 1 where the weight remains; an empty dict means dense. In a model and in

@@ -1,6 +1,6 @@
 """Lottery teaching: query the pool for images near the exemplars, store the teacher's logits.
 
-SPEC section 5; section 3.3 of the paper. Files in --save_data_path, for each task t:
+METHOD.md section 5; section 3.3 of the paper. Files in --save_data_path, for each task t:
 
     task{t}_select_index.npy      int64 [n], places in the pool
     task{t}_img.npy               uint8 [n,3,H,W], augmented once (published: float32, normalised)

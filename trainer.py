@@ -1,4 +1,4 @@
-"""Train one task (SPEC section 4): the two steps, the epoch, validation, and the one loop."""
+"""Train one task (METHOD.md section 4): the two steps, the epoch, validation, and the one loop."""
 
 import copy
 import math
@@ -284,7 +284,7 @@ def contents(model, optimizer, epoch, best):
 
 
 def train_task(model, task, data, args, step, checkpoint=None, best_model=None):
-    """Train a task with all its epochs (SPEC section 4) and say how it went. Returns the Fit.
+    """Train a task with all its epochs (METHOD.md section 4) and say how it went. Returns the Fit.
 
     checkpoint, best_model: names of the two files in --save_dir, if not '<step>_checkpoint.pt'
     and '<step>_best_model.pt'.

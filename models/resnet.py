@@ -1,4 +1,4 @@
-"""Pre-activation ResNet-18 for small images, with two linear heads per task (SPEC section 3).
+"""Pre-activation ResNet-18 for small images, with two linear heads per task (METHOD.md section 3).
 
 He et al. 2016, "Identity Mappings in Deep Residual Networks"; the heads are those of the paper's
 published code: `linear` learns from random batches, `linear_main` from class-balanced ones and

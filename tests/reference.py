@@ -1,4 +1,4 @@
-"""Training and querying as the published code computes them, plain and slow (SPEC sections 4, 5).
+"""Training and querying as the published code does them, plain and slow (METHOD.md 4, 5).
 
 It shares no logic with the code under test. Every use of a batch is a forward pass of its own,
 so BatchNorm needs no trick here; distances are taken one exemplar at a time.

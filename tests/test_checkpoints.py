@@ -66,7 +66,7 @@ def published_model(width=4, classes=2, tasks=3, pruned=True):
 
 
 def published_names(pruned, tasks=3):
-    """The keys of a published state dict (SPEC section 3)."""
+    """The keys of a published state dict (METHOD.md section 3)."""
     convs = ["conv1", "layer2.0.shortcut.0", "layer3.0.shortcut.0", "layer4.0.shortcut.0"]
     names = []
     for block in ("1.0", "1.1", "2.0", "2.1", "3.0", "3.1", "4.0", "4.1"):

@@ -1,4 +1,4 @@
-"""The network against SPEC section 3: a plain functional one, its sizes, its initial values."""
+"""The network against METHOD.md section 3: a plain one, its sizes, its initial values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Lottery teaching against SPEC section 5: the query, the files it leaves, reading them back."""
+"""Lottery teaching against METHOD.md section 5: the query, its files, reading them back."""
 
 import copy
 import pickle

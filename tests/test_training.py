@@ -1,4 +1,4 @@
-"""Training against SPEC section 4: losses and steps in float64, batches, views, and the loop."""
+"""Training against METHOD.md section 4: steps in float64, batches, views, and the loop."""
 
 import copy
 import math
