@@ -1,6 +1,6 @@
 # make demo    the whole method on the embedded digits, in a few minutes on a CPU
 # make test    lint and all tests
-# make clean   remove what they made
+# make clean   remove demo/ and .venv/
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -19,16 +19,16 @@ demo: demo/TD.done demo/BU.done demo/TR.done
 	@$(RUN) test.py $(DEMO) --pretrained demo/BU/task5_best_model.pt
 	@echo; $(RUN) report.py demo/TD demo/BU --out demo
 
-demo/TD.done: | $(VENV)/installed
+demo/TD.done: Makefile | $(VENV)/installed
 	$(RUN) main_TD.py $(DEMO) $(TICKETS) --save_dir demo/TD
 	@touch $@
 
-demo/BU.done: | $(VENV)/installed
+demo/BU.done: Makefile | $(VENV)/installed
 	$(RUN) main_BU.py $(DEMO) $(TICKETS) --save_dir demo/BU
 	@touch $@
 
 # the bottom-up ticket of task 3, task-rewound: its mask on the dense weights of task 2
-demo/TR.done: | demo/BU.done
+demo/TR.done: demo/BU.done
 	$(RUN) main_train.py $(DEMO) --save_dir demo/BU --state 3 \
 	    --weight demo/BU/task2_best_model.pt --mask demo/BU/mask-3.pt
 	@touch $@

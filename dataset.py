@@ -166,11 +166,8 @@ def endless(tensors, size, data, seed, *purpose, augmented=True):
 # ------------------------------------------------------------------------------ loading
 
 
-def complete(args, save_dir):
-    """Check --dataset and fill in the flags whose defaults hang on it. Raises Refusal.
-
-    save_dir: the default of --save_dir, with {} for the data set's name.
-    """
+def complete(args):
+    """Check --dataset and fill in the number of tasks and of their classes. Raises Refusal."""
     if args.dataset not in DATASETS:
         raise Refusal(f"--dataset {args.dataset}: unknown; give one of {', '.join(DATASETS)}")
     facts = DATASETS[args.dataset]
@@ -182,15 +179,6 @@ def complete(args, save_dir):
             f"--classifiers {tasks} x --classes_per_classifier {classes} = {tasks * classes}: "
             f"{args.dataset} has {len(facts.order)} classes, give fewer"
         )
-    if tasks > 1 and args.batch_size // 4 < tasks:
-        raise Refusal(
-            f"--batch_size {args.batch_size}: a quarter of it is shared among {tasks} tasks, "
-            f"give at least {4 * tasks}"
-        )
-    if getattr(args, "state", 1) > tasks:
-        raise Refusal(f"--state {args.state}: there are {tasks} tasks, give 1..{tasks}")
-    args.save_dir = args.save_dir or save_dir.format(args.dataset)
-    args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
 
 
 def load(args, device):
@@ -204,10 +192,10 @@ def load(args, device):
         source, (parts, pool, names) = DIGITS, digits()
     else:
         source = Path(args.data or f"data/{args.dataset}")
-        if not source.is_dir():
+        if not source.is_dir() or not any(source.iterdir()):
             if args.data:
                 raise Refusal(
-                    f"--data {source}: no such folder; make it with: python dataset.py "
+                    f"--data {source}: no such folder, or empty; make it with: python dataset.py "
                     f"--dataset {args.dataset} --data {source}"
                 )
             prepare(args.dataset, source)
@@ -350,12 +338,15 @@ def official(kind, raw, given):
     try:
         return [kind(raw, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        wanted = f"{kind.filename} or the unpacked {kind.base_folder}"
+        words, wanted = utils.first_line(error), f"{kind.filename} or the {kind.base_folder} in it"
+        pool = ", or give another pool with --unlabeled" if kind is CIFAR100 else ""
         if given:
-            raise Refusal(f"--raw {raw}: holds no sound {wanted}; put it there") from None
+            raise Refusal(
+                f"--raw {raw}: holds no sound {kind.__name__} ({words}); put {wanted} there{pool}"
+            ) from None
         raise Refusal(
-            f"{kind.__name__} cannot be downloaded ({utils.first_line(error)}): put {wanted} into "
-            f"{raw}, or name its folder with python dataset.py --raw DIR"
+            f"{kind.__name__} cannot be downloaded ({words}); put {wanted} into {raw}, or name its "
+            f"folder with python dataset.py --raw DIR{pool}"
         ) from None
 
 
@@ -475,9 +466,8 @@ def main(argv=None):
     )
     flag("--seed", type=utils.whole(0), metavar="N", help="of the split (default 0)")
     args = parser.parse_args(argv)
-    args.classifiers = args.classes_per_classifier = args.save_dir = args.save_data_path = None
-    args.batch_size = 256
-    complete(args, "")
+    args.classifiers = args.classes_per_classifier = None
+    complete(args)
     folder = Path(args.data or f"data/{args.dataset}")
     wishes = {"per_class": args.per_class, "pool": args.unlabeled, "seed": args.seed}
     wishes = {key: wish for key, wish in wishes.items() if wish is not None}

@@ -16,7 +16,7 @@ import dataset
 import pruning_utils
 import teaching
 import utils
-from trainer import make_model, make_task, retrain, test, train_task
+from trainer import make_model, retrain, test, train_task
 from utils import Refusal
 
 
@@ -60,7 +60,8 @@ def parse(argv):
         "the sound choice is val",
     )
     args = parser.parse_args(argv)
-    dataset.complete(args, "BU_{}")
+    dataset.complete(args)
+    utils.settle(args, "BU_{}")
     return args
 
 
@@ -147,7 +148,7 @@ def main(argv=None):
 
     # task 1: dense, then its ticket
     began = time.monotonic()
-    task = make_task(data, 1, teaching.lesson(args, data, 1))
+    task = teaching.taught_task(data, args, 1)
     dense = train_task(model, task, data, args, "task1")
     pruning_utils.load_state(model, dense.best_state)
     dense_accuracy = test(model, data.test, 1, data, args)
@@ -170,7 +171,7 @@ def main(argv=None):
 
     for t in range(2, args.classifiers + 1):
         began, start, tested = time.monotonic(), dense.best_state, pruning_utils.density(masks)
-        task = make_task(data, t, teaching.lesson(args, data, t))
+        task = teaching.taught_task(data, args, t)
         # from the dense best model of t-1, once dense and once under the mask
         pruning_utils.load_state(model, start)
         dense = train_task(model, task, data, args, f"task{t}")

@@ -12,19 +12,20 @@ import dataset
 import pruning_utils
 import teaching
 import utils
-from trainer import make_model, make_task, test, train_task
+from trainer import make_model, test, train_task
 
 
 def main(argv=None):
     args = utils.make_parser(__doc__, "<dataset>_cil").parse_args(argv)
-    dataset.complete(args, "{}_cil")
+    dataset.complete(args)
+    utils.settle(args, "{}_cil")
     device = utils.pick_device(args.device, args.gpu)
     data = dataset.load(args, device)
     model = make_model(args, device)
     record = utils.Record("main_CIL", args, data, device)
     for t in range(1, args.classifiers + 1):
         began = time.monotonic()
-        task = make_task(data, t, teaching.lesson(args, data, t))
+        task = teaching.taught_task(data, args, t)
         trained = train_task(model, task, data, args, f"task{t}")
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:

@@ -16,7 +16,7 @@ import dataset
 import pruning_utils
 import teaching
 import utils
-from trainer import make_model, make_optimizer, make_task, retrain, test, train_task
+from trainer import make_model, make_optimizer, retrain, test, train_task
 from utils import Refusal
 
 
@@ -46,7 +46,8 @@ def parse(argv):
         help="what is rewound: the convolutions (conv, default) or BatchNorm and heads too (all)",
     )
     args = parser.parse_args(argv)
-    dataset.complete(args, "TD_{}")
+    dataset.complete(args)
+    utils.settle(args, "TD_{}")
     if len(args.prune_scheduler) != args.classifiers:
         schedule = ",".join(map(str, args.prune_scheduler))
         raise Refusal(
@@ -92,7 +93,7 @@ def main(argv=None):
     initial = pruning_utils.clone_state(model)
     utils.save(Path(args.save_dir) / "task0_checkpoint_weight.pt", initial)
     began = time.monotonic()
-    task = make_task(data, 1, teaching.lesson(args, data, 1))
+    task = teaching.taught_task(data, args, 1)
     trained = train_task(model, task, data, args, "task1")
     for t in range(1, tasks + 1):
         # 1. the best model of task t: how good it is, and what it teaches
@@ -117,7 +118,7 @@ def main(argv=None):
         )
         # 4. train the next task; after the last one, that one once more
         began, number = time.monotonic(), min(t + 1, tasks)
-        task = make_task(data, number, teaching.lesson(args, data, number))
+        task = teaching.taught_task(data, args, number)
         trained = train_task(model, task, data, args, f"task{t + 1}")
     pruning_utils.load_state(model, trained.best_state)
     record.add(

@@ -13,7 +13,7 @@ import dataset
 import pruning_utils
 import teaching
 import utils
-from trainer import make_model, make_task, test, train_task
+from trainer import make_model, test, train_task
 
 
 def parse(argv):
@@ -28,7 +28,8 @@ def parse(argv):
     flag("--mask", required=True, metavar="M", help="mask file, or any pruned checkpoint")
     utils.add_state(flag, "task to train")
     args = parser.parse_args(argv)
-    dataset.complete(args, "BU_{}")
+    dataset.complete(args)
+    utils.settle(args, "BU_{}")
     return args
 
 
@@ -36,14 +37,14 @@ def main(argv=None):
     args = parse(argv)
     t, began = args.state, time.monotonic()
     device = utils.pick_device(args.device, args.gpu)
-    weights, masks = utils.load_state(args.weight), pruning_utils.load_masks(args.mask)
+    weights, masks = utils.read_state(args.weight), pruning_utils.load_masks(args.mask)
     model = make_model(args, device)
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
     pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
     pruning_utils.apply_mask(model, masks)
     data = dataset.load(args, device)
+    task = teaching.taught_task(data, args, t)
     record = utils.Record("main_train", args, data, device, f"retrain_task{t}_")
-    task = make_task(data, t, teaching.lesson(args, data, t))
     trained = train_task(model, task, data, args, f"retrain_task{t}")
     pruning_utils.load_state(model, trained.best_state)
     record.add(

@@ -38,7 +38,6 @@ def masks_of(model):
 def prune(weights, masks, percent, kept=None):
     """Drop the round(percent * n) smallest of the n remaining weights, over all layers together.
 
-
     weights, masks: {name: tensor}; percent: a share (0.2 = 20 %); kept: masks of weights that are
     neither ranked nor dropped (re-growth keeps the current mask). Returns new masks. The ranks
     are those of the given weights, unlike the published code's, which reads a cached product.
@@ -187,7 +186,7 @@ def save_masks(path, masks):
 
 def load_masks(path):
     """Masks from a mask file or any pruned checkpoint. Raises Refusal if there are none."""
-    masks = extract_mask(utils.load_state(path))
+    masks = extract_mask(utils.read_state(path))
     if not masks:
         raise Refusal(f"{path}: holds no masks, give a mask file or a pruned checkpoint")
     return masks

@@ -2,7 +2,7 @@
 
     python report.py TD_cifar10 BU_cifar10 --out report
 
-Reads the results.json of each run, and those that main_train left in the same folder. Prints the
+Reads the results.json of each run, and those of main_train and test in the same folder. Prints the
 accuracy after each task and the densities; writes report.png: accuracy above, density below.
 """
 
@@ -22,7 +22,7 @@ STYLES = {
     "main_TD": ("TD", "#0072B2", "o"),
     "main_BU": ("BU", "#D55E00", "s"),
     "main_CIL": ("dense", "#000000", "^"),
-    "main_train": ("TR-BU", "#009E73", "D"),
+    "main_train": ("retrained", "#009E73", "D"),
     "test": ("test", "#CC79A7", "v"),
 }
 
@@ -35,16 +35,25 @@ def read(folder):
     try:
         runs = [json.loads(path.read_text()) for path in paths]
         for run in runs:
-            run["script"], run["states"][0]["accuracy"], run["config"]["classifiers"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+            run["points"] = curve(run)
+            run["name"] = STYLES[run["script"]][0]
+            if run["script"] in ("main_train", "test"):
+                run["name"] += f" {run['points'][0][0]}"
+            run["folder"] = Path(folder).name
+            run["set"] = f"{run['config']['dataset']}, width {run['config']['width']}"
+            run["last"] = run["points"][-1]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise Refusal(f"{folder}: its results.json is damaged or has no state yet") from None
     return runs
 
 
-def label_of(run):
-    """The short name of a run: its method, for a retrained ticket with its task."""
-    ticket = f" {run['states'][0]['state']}" if run["script"] == "main_train" else ""
-    return STYLES[run["script"]][0] + ticket
+def labels_of(runs):
+    """Short names of the runs, with the folder where those are alike."""
+    names = [run["name"] for run in runs]
+    return [
+        f"{name} ({run['folder']})" if names.count(name) > 1 else name
+        for name, run in zip(names, runs)
+    ]
 
 
 def curve(run):
@@ -65,15 +74,15 @@ def curve(run):
 
 def table(runs):
     """Lines of text: a row for each task, three columns for each run."""
-    curves = [{point[0]: point[1:] for point in curve(run)} for run in runs]
-    lines = ["      " + "".join(f"  | {label_of(run):<27}" for run in runs)]
+    curves = [{point[0]: point[1:] for point in run["points"]} for run in runs]
+    lines = ["      " + "".join(f"  | {label:<26}" for label in labels_of(runs))]
     lines.append("task  " + "  | accuracy   tested   ticket" * len(runs))
     for task in sorted(set().union(*curves)):
         cells = []
         for points in curves:
             values = points.get(task)
             cells.append("{:8.2f} {:8.2f} {:8.2f}".format(*values) if values else " " * 26)
-        lines.append(f"{task:<6}" + "".join(f"  | {cell:<27}" for cell in cells))
+        lines.append(f"{task:<6}" + "".join(f"  | {cell}" for cell in cells))
     return [line.rstrip() for line in lines]
 
 
@@ -83,22 +92,22 @@ def picture(runs, path):
         2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     tasks = max(run["config"]["classifiers"] for run in runs)
-    bars = [run for run in runs if run["script"] != "main_train"]
-    for run in runs:
+    bars = [run for run in runs if run["script"] in ("main_TD", "main_BU")]
+    for run, label in zip(runs, labels_of(runs)):
         _, colour, marker = STYLES[run["script"]]
-        points = curve(run)
-        final = f" ({points[-1][3]:.2f} %)"
+        points = run["points"]
+        final = f" ({run['last'][3]:.2f} %)"
         line = "" if len(points) == 1 else "-"
         xs, ys = [p[0] for p in points], [p[1] for p in points]
-        above.plot(xs, ys, line + marker, color=colour, label=label_of(run) + final, ms=6)
+        above.plot(xs, ys, line + marker, color=colour, label=label + final, ms=6)
         if run["script"] == "main_BU":
             dense = [sum(row["dense_accuracy"]) / row["state"] for row in run["states"]]
             above.plot(xs, dense, ":", color="0.4", lw=1.2, label="dense of the BU run (100 %)")
     width = 0.8 / max(1, len(bars))
     for place, run in enumerate(bars):
         colour = STYLES[run["script"]][1]
-        xs = [p[0] + (place - (len(bars) - 1) / 2) * width for p in curve(run)]
-        shown = below.bar(xs, [p[3] for p in curve(run)], width * 0.9, color=colour)
+        xs = [p[0] + (place - (len(bars) - 1) / 2) * width for p in run["points"]]
+        shown = below.bar(xs, [p[3] for p in run["points"]], width * 0.9, color=colour)
         below.bar_label(shown, fmt="%.1f", fontsize=7, padding=1)
     above.set_ylabel("test accuracy on all tasks so far (%)")
     above.legend(title="run (density of its last ticket)", fontsize=8, title_fontsize=8)
@@ -109,8 +118,7 @@ def picture(runs, path):
     below.set_xlabel("task")
     below.spines[["top", "right"]].set_visible(False)
     above.spines[["top", "right"]].set_visible(False)
-    names = sorted({run["config"]["dataset"] for run in runs})
-    above.set_title(f"Lifelong tickets on {', '.join(names)}, width {runs[0]['config']['width']}")
+    above.set_title("Lifelong tickets on " + "; ".join(sorted({run["set"] for run in runs})))
     utils.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     plt.close(figure)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import dataset
 import utils
-from trainer import extract
+from trainer import extract, make_task
 from utils import Refusal
 
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
@@ -32,24 +33,27 @@ def query(exemplars, pool, num):
     centre = pool.mean(0)  # a common shift changes no distance and saves digits below
     exemplars, pool = exemplars - centre, pool - centre
     squares = pool.square().sum(1)
-    # The product below is rounded, by how much at most: those that it cannot tell from the
-    # nearest are compared once more, by their differences.
+    norms = squares.sqrt()
     rounding = pool.shape[1] * torch.finfo(pool.dtype).eps
-    slack = 2 * rounding * (exemplars.norm(dim=1) + squares.max().sqrt()).square()
-    place, selected, left = 0, [], len(pool)
-    for block in exemplars.split(max(1, DISTANCES_AT_ONCE // len(pool))):
-        # |e-p|^2 less |e|^2, which is the same for all p
-        for row in torch.addmm(squares, block, pool.T, alpha=-2):
-            if not left:
-                break
-            row.masked_fill_(taken, torch.inf)
-            wanted = min(num, left)
-            near = (row <= row.kthvalue(wanted).values + slack[place]).nonzero().squeeze(1)
-            distances = (pool[near] - exemplars[place]).square().sum(1)
-            nearest = near[distances.sort(stable=True).indices[:wanted]]
-            taken[nearest] = True
-            selected.append(nearest)
-            left, place = left - wanted, place + 1
+    at_once = max(1, DISTANCES_AT_ONCE // len(pool))
+    selected, left = [], len(pool)
+    for place, exemplar in enumerate(tqdm(exemplars, "query", disable=None, leave=False)):
+        wanted = min(num, left)
+        if not wanted:
+            break
+        if place % at_once == 0:
+            # |e-p|^2 less |e|^2, which is the same for all p
+            block = torch.addmm(squares, exemplars[place : place + at_once], pool.T, alpha=-2)
+        row = block[place % at_once].masked_fill_(taken, torch.inf)
+        # The product is rounded, by `error` at most: all that it cannot tell from the nearest
+        # are compared once more, by their differences.
+        error = rounding * (exemplar.norm() + norms).square()
+        near = (row - error <= (row + error).kthvalue(wanted).values).nonzero().squeeze(1)
+        distances = (pool[near] - exemplar).square().sum(1)
+        nearest = near[distances.sort(stable=True).indices[:wanted]]
+        taken[nearest] = True
+        selected.append(nearest)
+        left -= wanted
     return torch.cat(selected)
 
 
@@ -71,24 +75,29 @@ def teach(model, data, args, t):
                 f"task {t}: the pool ran out, its {len(selected)} images stand for the "
                 f"{wanted} that {len(exemplars)} exemplars would query"
             )
-        draws = dataset.draw_views(
-            len(selected), data.pad, utils.stream(args.seed, f"task{t}", 0, "teaching")
-        )
-        images = dataset.augment(
-            data.pool[selected], *(draw.to(selected.device) for draw in draws), data.pad
+        generator = utils.stream(args.seed, f"task{t}", 0, "teaching")
+        draws = dataset.draw_views(len(selected), data.pad, generator)
+        chunks = (each.to(selected.device).split(args.batch_size) for each in draws)
+        images = torch.cat(
+            [
+                dataset.augment(data.pool[rows], *views, data.pad)
+                for rows, *views in zip(selected.split(args.batch_size), *chunks)
+            ]
         )
         features = extract(model, images, data, args)
         labels, labels_main = (model.logits(features, t, main_fc) for main_fc in (False, True))
-    folder = Path(args.save_data_path)
-    utils.save_array(folder / f"task{t}_select_index.npy", selected.cpu().numpy())
     images = images.permute(0, 3, 1, 2).contiguous()
-    utils.save_array(folder / f"task{t}_img.npy", images.cpu().numpy())
+    # a task's files belong together: without the images, which come last, they are none
+    folder = Path(args.save_data_path)
+    (folder / f"task{t}_img.npy").unlink(missing_ok=True)
+    utils.save_array(folder / f"task{t}_select_index.npy", selected.cpu().numpy())
     utils.save_array(folder / f"task{t}_dis_label.npy", labels.float().cpu().numpy())
     utils.save_array(folder / f"task{t}_dis_label_main.npy", labels_main.float().cpu().numpy())
+    utils.save_array(folder / f"task{t}_img.npy", images.cpu().numpy())
     return selected
 
 
-def lesson(args, data, t):
+def lesson(data, args, t):
     """What task t learns from the teacher of task t-1: images, logits, logits_main; None for t = 1.
 
     images: uint8 [n,H,W,3], or float32 [n,3,H,W] from published files. Raises Refusal when a
@@ -96,23 +105,23 @@ def lesson(args, data, t):
     """
     if t == 1:
         return None
-    folder, k = Path(args.save_data_path), t - 1
+    folder, teacher = Path(args.save_data_path), t - 1
     images, labels, labels_main = (
-        utils.load_array(folder / f"task{k}_{name}.npy")
+        utils.load_array(folder / f"task{teacher}_{name}.npy")
         for name in ("img", "dis_label", "dis_label_main")
     )
     shape = (3, *data.pool.shape[1:3])
     kinds = (np.uint8, np.float32)
     if images.dtype not in kinds or images.shape[1:] != shape or not len(images):
         raise Refusal(
-            f"{folder}/task{k}_img.npy: found {images.dtype} {list(images.shape)}, "
+            f"{folder}/task{teacher}_img.npy: found {images.dtype} {list(images.shape)}, "
             f"give uint8 or float32 [n,{shape[0]},{shape[1]},{shape[2]}], n > 0"
         )
     for name, array in (("dis_label", labels), ("dis_label_main", labels_main)):
-        wanted = (len(images), k * data.classes_per_classifier)
+        wanted = (len(images), teacher * data.classes_per_classifier)
         if array.dtype != np.float32 or array.shape != wanted:
             raise Refusal(
-                f"{folder}/task{k}_{name}.npy: found {array.dtype} {list(array.shape)}, "
+                f"{folder}/task{teacher}_{name}.npy: found {array.dtype} {list(array.shape)}, "
                 f"give float32 {list(wanted)}"
             )
     images, labels, labels_main = (
@@ -121,3 +130,8 @@ def lesson(args, data, t):
     if images.dtype == torch.uint8:
         images = images.permute(0, 2, 3, 1)
     return images, labels, labels_main
+
+
+def taught_task(data, args, t):
+    """The training data of task t, with what the teacher of task t-1 left for it."""
+    return make_task(data, t, lesson(data, args, t))

@@ -4,10 +4,11 @@
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
 
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, and the density.
-With --save_dir the records are written there too.
+With --save_dir the records are written there too, as test_<P>_results.json.
 """
 
 import time
+from pathlib import Path
 
 import dataset
 import pruning_utils
@@ -23,14 +24,15 @@ def parse(argv):
     flag("--pruned", action="store_true", help="it is a pruned one")
     utils.add_state(flag, "task whose classes, with all before, are told apart")
     args = parser.parse_args(argv)
-    dataset.complete(args, "")
+    dataset.complete(args)
+    utils.settle(args, save_dir="", trains=False)
     return args
 
 
 def main(argv=None):
     args, began = parse(argv), time.monotonic()
     device = utils.pick_device(args.device, args.gpu)
-    state = utils.load_state(args.pretrained)
+    state = utils.read_state(args.pretrained)
     pruned = bool(pruning_utils.extract_mask(state))
     if pruned != args.pruned:
         kind, advice = ("pruned", "add") if pruned else ("dense", "leave out")
@@ -38,7 +40,7 @@ def main(argv=None):
     model = make_model(args, device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
     data = dataset.load(args, device)
-    record = utils.Record("test", args, data, device)
+    record = utils.Record("test", args, data, device, f"test_{Path(args.pretrained).stem}_")
     record.add(
         state=args.state,
         accuracy=test(model, data.test, args.state, data, args),

@@ -113,11 +113,16 @@ def KD_loss(model, k, sub, random, new, old, unlabeled):
 # ------------------------------------------------------------------------------ an epoch
 
 
+def random_batch(args, t):
+    """How many images a random batch holds: all of the batch for task 1, then a quarter of it."""
+    return args.batch_size if t == 1 else args.batch_size // 4
+
+
 def train(model, optimizer, task, data, args, step, epoch):
     """An epoch of task 1: one pass over its images. Yields (loss, number of images) per step."""
     model.train()
     generator = utils.stream(args.seed, step, epoch, "random")
-    for x, y in dataset.one_pass(task.random, args.batch_size, data, generator):
+    for x, y in dataset.one_pass(task.random, random_batch(args, 1), data, generator):
         loss = task1_loss(model, x, y)
         descend(loss, optimizer)
         yield loss.detach(), len(x)
@@ -129,7 +134,7 @@ def train_KD(model, optimizer, task, data, args, step, epoch):
     Those begin a new pass whenever one ends. Yields (loss, number of images) per step.
     """
     model.train()
-    k, sub = task.t, args.batch_size // 4
+    k, sub = task.t, random_batch(args, task.t)
     key = (args.seed, step, epoch)
     random = dataset.one_pass(task.random, sub, data, utils.stream(*key, "random"))
     new = dataset.endless(task.new, sub // k, data, *key, "new")
@@ -228,8 +233,7 @@ def fit(
     optimizer = optimizer or make_optimizer(model, args, lr)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     run_epoch = train if task.t == 1 else train_KD
-    size = args.batch_size if task.t == 1 else args.batch_size // 4
-    steps = -(-len(task.random[0]) // size)
+    steps = -(-len(task.random[0]) // random_batch(args, task.t))
     best, best_epoch, best_contents, accuracy = -1.0, 0, None, None
     began = stored = said = time.monotonic()
     images, training = 0, 0.0
@@ -253,6 +257,8 @@ def fit(
             )
         if part is not None:
             accuracy = validate(model, part, task.t, data, args)
+        if not bar.disable:
+            bar.set_postfix(loss=mean_loss, accuracy=accuracy)
         if part is not None and accuracy > best:
             best, best_epoch = accuracy, epoch
             if best_model:

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import sys
 import tarfile
 import types
@@ -34,10 +35,15 @@ def first_line(error):
 def run(main):
     """Run a script's main(); a Refusal becomes one line on stderr and exit status 2."""
     try:
-        main()
+        return main()
     except Refusal as refusal:
-        print(f"{Path(sys.argv[0]).name}: {refusal}", file=sys.stderr)
-        sys.exit(2)
+        words, status = refusal, 2
+    except torch.OutOfMemoryError as error:
+        words, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
+    except KeyboardInterrupt:
+        words, status = "interrupted", 130
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -168,6 +174,24 @@ def make_parser(description, save_dir):
     return parser
 
 
+def settle(args, save_dir, trains=True):
+    """Check --state and --batch_size and fill in where files go. Raises Refusal.
+
+    args: with the number of tasks filled in. save_dir: the default of --save_dir, with {} for the
+    data set's name. trains: whether a task is trained, for which the batch must be shared out.
+    """
+    last = getattr(args, "state", args.classifiers)
+    if last > args.classifiers:
+        raise Refusal(f"--state {last}: there are {args.classifiers} tasks, give 1 to that")
+    if trains and last > 1 and args.batch_size // 4 < last:
+        raise Refusal(
+            f"--batch_size {args.batch_size}: a quarter of it is shared out among {last} tasks, "
+            f"give at least {4 * last}"
+        )
+    args.save_dir = args.save_dir or save_dir.format(args.dataset)
+    args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
+
+
 def add_pruning_flags(flag):
     """The flags of main_TD and main_BU alike; flag: the add_argument of a group."""
     flag("--percent", type=share, default=0.2, help="share pruned at once (default %(default)s)")
@@ -197,8 +221,8 @@ def pick_device(name, gpu=0):
                 f"--gpu {gpu}: this machine has {count} CUDA device(s), give 0..{count - 1}"
             )
         return torch.device("mps" if mps else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not re.fullmatch("cuda:[0-9]+", name)):
         raise Refusal(f"--device {name}: unknown; give auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and count <= int(index or gpu):
         raise Refusal(f"--device {name}: this machine has {count} CUDA device(s); try --device cpu")
@@ -246,8 +270,19 @@ def write_whole(path, write):
 
 
 def save(path, content):
-    """torch.save, wholly or not at all."""
-    write_whole(path, lambda file: torch.save(content, file))
+    """torch.save, wholly or not at all; tensors as CPU ones, which load anywhere."""
+    write_whole(path, lambda file: torch.save(to_cpu(content), file))
+
+
+def to_cpu(content):
+    """Nested dicts and lists with their tensors on the CPU."""
+    if isinstance(content, torch.Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        return {key: to_cpu(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [to_cpu(value) for value in content]
+    return content
 
 
 def save_array(path, array):
@@ -382,7 +417,7 @@ def load_checkpoint(path):
     return content
 
 
-def load_state(path):
+def read_state(path):
     """The state dict of a checkpoint file, in either form: {'state_dict': ...} or raw."""
     content = load_checkpoint(path)
     state = content.get("state_dict", content)
@@ -428,8 +463,8 @@ class Record:
     """What a run has to say: results.json for programs, log_results.txt (tab-separated) for people.
 
     Both are written anew after every state, wholly or not at all. prefix: goes before both names
-    (main_train has 'retrain_task{t}_', for it works in the folder of a main_BU run). Without a
-    --save_dir (test.py) nothing is written.
+    (main_train and test may work in the folder of another run). Without a --save_dir, which
+    test.py need not have, nothing is written.
     """
 
     def __init__(self, script, args, data, device, prefix=""):
@@ -447,6 +482,7 @@ class Record:
             },
             "states": [],
         }
+        self.write()  # a folder that cannot be written is told now, not after the first task
 
     def add(self, state, accuracy, density, **more):
         """Add a row: accuracy is a list (percent, tasks 1..), density that of the model tested."""
@@ -480,7 +516,7 @@ class Record:
     def table(self):
         """The states as tab-separated lines under a line of names."""
         rows = self.results["states"]
-        tasks = max(len(row["accuracy"]) for row in rows)
+        tasks = max((len(row["accuracy"]) for row in rows), default=0)
         names = ["state", *(f"task{t + 1}" for t in range(tasks))]
         lines = [[*names, "mean", "density_tested", "density_ticket", "seconds"]]
         for row in rows:

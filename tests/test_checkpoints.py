@@ -122,7 +122,7 @@ def test_published_checkpoints_load(tmp_path, zipped, pruned):
     assert loaded["best_prec1"] == 97.5
     assert not isinstance(loaded["optimizer"], torch.optim.Optimizer)  # an inert stub
     assert same(loaded["state_dict"], content["state_dict"])
-    state = utils.load_state(path)
+    state = utils.read_state(path)
     assert same(state, content["state_dict"]) and set(state) == published_names(pruned)
     # as test.py does
     model = ResNet(2, 3, width=4)
@@ -143,7 +143,7 @@ def test_published_checkpoints_load(tmp_path, zipped, pruned):
 def test_raw_state_dicts_load(tmp_path, zipped):
     state, path = published_model().state_dict(), tmp_path / "raw.pt"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    assert same(utils.load_state(path), state)
+    assert same(utils.read_state(path), state)
 
 
 @zip_or_legacy
@@ -162,7 +162,7 @@ def test_checkpoints_of_old_torch_versions_and_from_a_gpu_load(tmp_path, monkeyp
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert b"cuda:0" in path.read_bytes()
-    state = utils.load_state(path)
+    state = utils.read_state(path)
     assert same(state, content["state_dict"])
     assert {value.device.type for value in state.values()} == {"cpu"}
 
@@ -197,7 +197,7 @@ def test_ours_have_the_published_form_and_load_without_any_code(tmp_path, args, 
     plain.load_state_dict(content["state_dict"], strict=True)
     assert same(plain.state_dict(), model.state_dict())
     torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9).load_state_dict(content["optimizer"])
-    assert same(utils.load_state(path), model.state_dict())
+    assert same(utils.read_state(path), model.state_dict())
     assert not list(path.parent.glob("*.part")) and len(list(path.parent.iterdir())) == 1
 
 
@@ -281,7 +281,7 @@ def test_hostile_checkpoints_are_refused_and_do_nothing(tmp_path, form, kind):
     assert marker.exists()  # it would have done harm
     marker.unlink()
     refused(utils.load_checkpoint, path)
-    refused(utils.load_state, path)
+    refused(utils.read_state, path)
     refused(pruning_utils.load_masks, path)
     assert not marker.exists()
 
@@ -354,7 +354,7 @@ def test_files_of_something_else_are_no_checkpoints(tmp_path, content):
 def test_checkpoints_without_a_state_dict_are_refused(tmp_path, content):
     path = tmp_path / "else.pt"
     torch.save(content, path)
-    refused(utils.load_state, path)
+    refused(utils.read_state, path)
 
 
 # ------------------------------------------------------------------------------ published data

@@ -68,7 +68,8 @@ def tree(folder="."):
 def load(*argv):
     """The data set as a training script loads it."""
     args = utils.make_parser("words", "run_<dataset>").parse_args(argv)
-    dataset.complete(args, "run_{}")
+    dataset.complete(args)
+    utils.settle(args, "run_{}")
     return dataset.load(args, torch.device("cpu"))
 
 
@@ -997,14 +998,16 @@ def test_flags_at_their_limits_are_taken(whole, argv):
 def test_state_is_one_of_the_tasks():
     args = utils.make_parser("words", "run").parse_args([])
     args.state = 6
-    refused(lambda: dataset.complete(args, "run"), "--state 6")
+    dataset.complete(args)
+    refused(lambda: utils.settle(args, "run"), "--state 6")
     args.state = 5
-    dataset.complete(args, "run")
+    utils.settle(args, "run")
 
 
 def test_defaults_hang_on_the_dataset():
     args = utils.make_parser("words", "run").parse_args(["--dataset", "digits"])
-    dataset.complete(args, "TD_{}")
+    dataset.complete(args)
+    utils.settle(args, "TD_{}")
     assert (args.classifiers, args.classes_per_classifier) == (5, 2)
     assert args.save_dir == "TD_digits"
     assert Path(args.save_data_path) == Path("TD_digits/data")

@@ -39,7 +39,7 @@ def results(folder, name="results.json"):
 
 
 def best(folder, name):
-    return utils.load_state(folder / f"{name}_best_model.pt")
+    return utils.read_state(folder / f"{name}_best_model.pt")
 
 
 def ones(state):
@@ -82,7 +82,7 @@ def test_CIL_tests_best_models_and_goes_on_from_them(tmp_path, monkeypatch):
     for t in (1, 2):
         first, last = (
             best(tmp_path, f"task{t}"),
-            utils.load_state(tmp_path / f"task{t}_checkpoint.pt"),
+            utils.read_state(tmp_path / f"task{t}_checkpoint.pt"),
         )
         assert not torch.equal(first["conv1.weight"], last["conv1.weight"])
         assert same(started[t], first)
@@ -145,14 +145,14 @@ def test_TD_follows_the_curriculum(tmp_path, monkeypatch):
     assert retrained[0][2] is retrained[1][2]
     assert retrained[0][2].param_groups[0]["lr"] == pytest.approx(0.01 / 100)
     # rewound to the initialisation, convolutions alone, also where nothing was pruned
-    initial = utils.load_state(tmp_path / "task0_checkpoint_weight.pt")
+    initial = utils.read_state(tmp_path / "task0_checkpoint_weight.pt")
     convolutions = [key for key, value in initial.items() if value.ndim == 4]
     for number, start in enumerate(started[1:], start=2):
         for key in convolutions:
             assert torch.equal(
                 start[key.replace(".weight", ".weight_orig")].cpu(), initial[key].cpu()
             )
-        last = utils.load_state(tmp_path / f"task{number - 1}_checkpoint.pt")
+        last = utils.read_state(tmp_path / f"task{number - 1}_checkpoint.pt")
         kept = [key for key in last if "bn" in key or "linear" in key]
         if number < 4:  # no retraining in between
             assert all(torch.equal(start[key].cpu(), last[key].cpu()) for key in kept)
@@ -184,7 +184,7 @@ def test_TD_prunes_the_last_model_and_teaches_with_the_best(tmp_path, monkeypatc
     run_TD(tmp_path, "--prune_scheduler", "1,1,1")
     for t in (1, 2):
         assert same(seen["taught"][t - 1], best(tmp_path, f"task{t}"))
-        last = utils.load_state(tmp_path / f"task{t}_checkpoint.pt")
+        last = utils.read_state(tmp_path / f"task{t}_checkpoint.pt")
         assert same(seen["pruned"][t - 1], last) and not same(seen["taught"][t - 1], last)
 
 
@@ -303,7 +303,7 @@ def test_BU_regrows_or_keeps_its_mask(tmp_path, monkeypatch, accept):
         previous = best(tmp_path, f"task{t - 1}")
         assert same(started[2 * t - 3], previous)
         assert same(pruning_utils.dense_state(started[2 * t - 2]), previous)
-        masked = utils.load_state(tmp_path / f"task{t}_best_prun_model.pt")
+        masked = utils.read_state(tmp_path / f"task{t}_best_prun_model.pt")
         mask = pruning_utils.load_masks(tmp_path / f"mask-{t - 1}.pt")
         assert all(torch.equal(m, mask[n]) for n, m in pruning_utils.extract_mask(masked).items())
         assert not pruning_utils.extract_mask(best(tmp_path, f"task{t}"))
@@ -312,11 +312,11 @@ def test_BU_regrows_or_keeps_its_mask(tmp_path, monkeypatch, accept):
         assert all(bool((grown[name] >= mask[name]).all()) for name in mask)
         assert (pruning_utils.density(grown) > pruning_utils.density(mask)) == regrown
         assert (tmp_path / f"task{t}_prune_weight.pt").exists() == regrown
-    last = utils.load_state(tmp_path / "current_mask.pt")
-    assert same(last, utils.load_state(tmp_path / "mask-3.pt"))
+    last = utils.read_state(tmp_path / "current_mask.pt")
+    assert same(last, utils.read_state(tmp_path / "mask-3.pt"))
     assert set(last["layer1.0.conv1.weight_mask"].unique().tolist()) <= {0.0, 1.0}
     assert last["layer1.0.conv1.weight_mask"].dtype == torch.float32
-    state = utils.load_state(tmp_path / "task1_prune_weight.pt")  # a raw state dict, retrained
+    state = utils.read_state(tmp_path / "task1_prune_weight.pt")  # a raw state dict, retrained
     mask = pruning_utils.load_masks(tmp_path / "mask-1.pt")
     assert all(torch.equal(m, mask[n]) for n, m in pruning_utils.extract_mask(state).items())
 
@@ -364,13 +364,16 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     )
     assert tested["states"][0]["accuracy"] == run["states"][0]["accuracy"]
     assert tested["states"][0]["density"] == run["states"][0]["density"]
-    assert results(tmp_path / "tested")["script"] == "test"
+    assert (
+        results(tmp_path / "tested", "test_retrain_task2_best_model_results.json")["script"]
+        == "test"
+    )
 
     # a pruned W is taken whole and loses its own mask; a pruned checkpoint will do for M
     pruned = tmp_path / "task2_best_prun_model.pt"
     paths[3] = str(tmp_path / "retrain_task2_best_model.pt")
     main_train.main([*TINY, *paths, "--weight", str(pruned)])
-    whole = pruning_utils.dense_state(utils.load_state(pruned))
+    whole = pruning_utils.dense_state(utils.read_state(pruned))
     assert same(pruning_utils.dense_state(started[1]), whole)
     own = pruning_utils.extract_mask(started[1])
     assert all(torch.equal(own[name].cpu(), masks[name]) for name in masks)
@@ -379,7 +382,7 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "BU" in printed and "TR-BU" in printed
+    assert "BU" in printed and "retrained 2" in printed
     assert f"{results(tmp_path)['states'][2]['mean']:.2f}" in printed
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -290,7 +290,7 @@ def store(args, k=1, n=7, **changes):
 
 
 def test_task_1_has_no_lesson(args, data):
-    assert teaching.lesson(args, data, 1) is None
+    assert teaching.lesson(data, args, 1) is None
 
 
 @pytest.mark.parametrize("t", [2, 3])
@@ -298,7 +298,7 @@ def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, a
     for k in (1, 2, 3):
         teaching.teach(teacher, data, args, k)
     stored = arrays(args, t - 1)
-    images, logits, logits_main = teaching.lesson(args, data, t)
+    images, logits, logits_main = teaching.lesson(data, args, t)
     assert images.dtype == torch.uint8 and logits.dtype == logits_main.dtype == torch.float32
     assert np.array_equal(images.numpy(), stored["img"].transpose(0, 2, 3, 1))
     assert np.array_equal(logits.numpy(), stored["dis_label"])
@@ -308,14 +308,14 @@ def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, a
 def test_select_index_is_not_needed(args, data):
     """In the published files the rows of the others do not follow it."""
     store(args, select_index=None)
-    assert len(teaching.lesson(args, data, 2)) == 3
+    assert len(teaching.lesson(data, args, 2)) == 3
 
 
 def test_the_published_form_gives_the_same_batches(args, data):
     ours = store(args, k=2)
-    lesson = teaching.lesson(args, data, 3)
+    lesson = teaching.lesson(data, args, 3)
     store(args, k=2, img=normalised(ours["img"]).float().numpy())
-    published = teaching.lesson(args, data, 3)
+    published = teaching.lesson(data, args, 3)
     assert published[0].dtype == torch.float32
 
     def batches(tensors):
@@ -381,10 +381,10 @@ BAD = [
 @pytest.mark.parametrize("name, content", BAD)
 def test_a_file_that_does_not_fit_is_refused_by_name(args, data, name, content):
     store(args, k=2)
-    teaching.lesson(args, data, 3)  # what fits is taken
+    teaching.lesson(data, args, 3)  # what fits is taken
     store(args, k=2, **{name: content})
     with pytest.raises(Refusal) as refusal:
-        teaching.lesson(args, data, 3)
+        teaching.lesson(data, args, 3)
     words = str(refusal.value)
     assert f"task2_{name}.npy" in words and len(words.splitlines()) == 1
 
@@ -402,7 +402,7 @@ def test_nothing_is_unpickled(args, data, tmp_path):
         for content in (objects, pickle.dumps(Hostile())):
             store(args, **{name: content})
             with pytest.raises(Refusal):
-                teaching.lesson(args, data, 2)
+                teaching.lesson(data, args, 2)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile())).close()
     assert trace.exists()  # it would have left a trace
