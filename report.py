@@ -110,7 +110,6 @@ def picture(runs, path):
         shown = below.bar(xs, [p[3] for p in run["points"]], width * 0.9, color=colour)
         below.bar_label(shown, fmt="%.1f", fontsize=7, padding=1)
     above.set_ylabel("test accuracy on all tasks so far (%)")
-    above.legend(title="run (density of its last ticket)", fontsize=8, title_fontsize=8)
     above.grid(alpha=0.3)
     below.set_ylabel("weights that remain (%)")
     below.set_ylim(0, 112)
@@ -119,6 +118,8 @@ def picture(runs, path):
     below.spines[["top", "right"]].set_visible(False)
     above.spines[["top", "right"]].set_visible(False)
     above.set_title("Lifelong tickets on " + "; ".join(sorted({run["set"] for run in runs})))
+    words = "run (density of its last ticket)"
+    figure.legend(loc="outside lower center", ncols=4, title=words, fontsize=8, title_fontsize=8)
     utils.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     plt.close(figure)
 
