@@ -16,8 +16,9 @@ REGROWTH = --max_iter_prun 16
 .PHONY: demo test lint clean
 
 demo: demo/TD.done demo/BU.done demo/TR.done
-	@echo; echo "The result of main_TD (pruned) and the dense model of main_BU, by test.py:"
+	@echo; echo "test.py on the result of main_TD, pruned:"
 	@$(RUN) test.py $(DEMO) --pretrained demo/TD/task6_best_model.pt --pruned
+	@echo "test.py on the last dense model of main_BU:"
 	@$(RUN) test.py $(DEMO) --pretrained demo/BU/task5_best_model.pt
 	@echo; $(RUN) report.py demo/TD demo/BU --out demo
 

@@ -338,8 +338,12 @@ def official(kind, raw, given):
     try:
         return [kind(raw, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        words, wanted = utils.first_line(error), f"{kind.filename} or the {kind.base_folder} in it"
-        pool = ", or give another pool with --unlabeled" if kind is CIFAR100 else ""
+        words, wanted = utils.first_line(error), f"{kind.filename} or the folder {kind.base_folder}"
+        pool = (
+            ", or give another pool with --unlabeled"
+            if kind is CIFAR100
+            else f"; likewise {CIFAR100.filename}"
+        )
         if given:
             raise Refusal(
                 f"--raw {raw}: holds no sound {kind.__name__} ({words}); put {wanted} there{pool}"

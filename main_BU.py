@@ -157,6 +157,7 @@ def main(argv=None):
         teaching.teach(model, data, args, 1)
     masks, state, rounds = find_ticket(model, task, data, args, part, reference)
     save_ticket(1, masks, state)
+    print(f"task 1: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
     pruning_utils.load_state(model, state)
     record.add(
         state=1,
@@ -188,9 +189,13 @@ def main(argv=None):
             teaching.teach(model, data, args, t)
         # re-grow where the mask costs too much
         state, rounds = None, []
-        if dense_mean - masked_mean >= args.accept_decay:
+        cost = dense_mean - masked_mean
+        verdict = "re-grows" if cost >= args.accept_decay else "stays"
+        print(f"task {t}: the mask costs {cost:.2f} points, so it {verdict}", flush=True)
+        if cost >= args.accept_decay:
             masks, state, rounds = regrow(model, task, data, args, part, dense_mean, masks)
         save_ticket(t, masks, state)
+        print(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
         record.add(
             state=t,
             accuracy=accuracy,
