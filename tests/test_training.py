@@ -100,8 +100,8 @@ def in_float64(monkeypatch):
 # ------------------------------------------------------------------------------ the step
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_task_1_steps_are_those_of_two_passes(args, masked):
+def make_trained_pair(args, masked):
+    """The network under test and its optimizer, then those of the reference, under one mask."""
     ours, plain = make_pair()
     # made before the masks, as main_TD does: the parameters must stay the same objects
     optimizer = trainer.make_optimizer(ours, args, LR)
@@ -109,6 +109,12 @@ def test_task_1_steps_are_those_of_two_passes(args, masked):
         reference.put_under(plain, random_masks(plain))
         pruning_utils.apply_mask(ours, random_masks(ours))
     plain_optimizer = plain_sgd(plain)
+    return ours, optimizer, plain, plain_optimizer
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_task_1_steps_are_those_of_two_passes(args, masked):
+    ours, optimizer, plain, plain_optimizer = make_trained_pair(args, masked)
     generator = torch.Generator().manual_seed(4)
     for n in (6, 5, 1, 6):
         x, y = labeled(n, 0, 2, generator)
@@ -129,12 +135,7 @@ def test_task_1_steps_are_those_of_two_passes(args, masked):
     ],
 )
 def test_distillation_steps_are_those_of_five_passes(args, k, sub, sizes, masked):
-    ours, plain = make_pair()
-    optimizer = trainer.make_optimizer(ours, args, LR)
-    if masked:
-        reference.put_under(plain, random_masks(plain))
-        pruning_utils.apply_mask(ours, random_masks(ours))
-    plain_optimizer = plain_sgd(plain)
+    ours, optimizer, plain, plain_optimizer = make_trained_pair(args, masked)
     for seed, size in enumerate(sizes):
         batches = sub_batches(k, *size, seed=seed)
         loss = trainer.KD_loss(ours, k, sub, *batches)
