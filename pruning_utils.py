@@ -43,21 +43,21 @@ def prune(weights, masks, percent, kept=None):
     are those of the given weights, unlike the published code's, which reads a cached product.
     Equal magnitudes at the threshold: the first in the model's order go.
     """
-    remaining = torch.cat([masks[name].flatten() for name in weights]) != 0
-    ranked = remaining
+    flat = torch.cat([masks[name].flatten() for name in weights])
+    ranked = flat != 0
     if kept is not None:
-        ranked = remaining & (torch.cat([kept[name].flatten() for name in weights]) == 0)
-    magnitude = torch.cat([w.abs().flatten() for w in weights.values()])[ranked]
-    count = round(percent * len(magnitude))
+        ranked &= torch.cat([kept[name].flatten() for name in weights]) == 0
+    magnitude = torch.cat([w.flatten() for w in weights.values()]).abs_()
+    magnitude.masked_fill_(~ranked, torch.inf)
+    count = round(percent * int(ranked.count_nonzero()))
     if count:
         threshold = magnitude.kthvalue(count).values
         drop = magnitude < threshold
         ties = (magnitude == threshold).nonzero().squeeze(1)
-        drop[ties[: count - int(drop.sum())]] = True
-        remaining = remaining.clone()
-        remaining[ranked.nonzero().squeeze(1)[drop]] = False
-    flat = remaining.float().split([w.numel() for w in weights.values()])
-    return {name: part.view_as(weights[name]) for name, part in zip(weights, flat)}
+        drop[ties[: count - int(drop.count_nonzero())]] = True
+        flat.masked_fill_(drop, 0)
+    parts = flat.float().split([w.numel() for w in weights.values()])
+    return {name: part.view_as(weights[name]) for name, part in zip(weights, parts)}
 
 
 def density(masks):

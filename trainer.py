@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 import dataset
@@ -44,7 +43,8 @@ def make_model(args, device, *purpose):
         torch.default_generator.manual_seed(
             utils.derive(args.seed, *(purpose or ("initialisation",)))
         )
-        model = ResNet(args.classes_per_classifier, args.classifiers, args.width)
+        tasks, bf16 = args.classifiers, args.precision == "bf16"
+        model = ResNet(args.classes_per_classifier, tasks, args.width, bf16)
     return model.to(device)
 
 
@@ -59,31 +59,17 @@ def make_optimizer(model, args, lr):
 # ------------------------------------------------------------------------------ the losses
 
 
-def features_twice(model, x):
-    """The features of x [n,d], BatchNorm's running statistics moving as if x had passed twice.
-
-    The published code passes a batch once for each kind of heads. Its statistics are the same
-    both times, so momentum m twice is momentum 1-(1-m)^2 once.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm, m in zip(norms, momenta):
-        norm.momentum = 1 - (1 - m) ** 2
-    try:
-        return model.features(x)
-    finally:
-        for norm, m in zip(norms, momenta):
-            norm.momentum = m
-
-
 def distillation(logits, stored):
     """Soft cross-entropy at temperature 2, times 4: both [n,classes] -> scalar (Hinton 2015)."""
     return 4 * F.cross_entropy(logits / 2, F.softmax(stored / 2, dim=1))
 
 
 def task1_loss(model, x, y):
-    """Task 1: CE of the random head plus CE of the balanced head. x [n,3,H,W], y [n]."""
-    features = features_twice(model, x)
+    """Task 1: CE of the random head plus CE of the balanced head. x [n,3,H,W], y [n].
+
+    The published code passes the batch twice, once for each head; BatchNorm is told so.
+    """
+    features = model.features(x, groups=((len(x), 2),))
     return sum(F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True))
 
 
@@ -92,7 +78,8 @@ def KD_loss(model, k, sub, random, new, old, unlabeled):
 
     random, new, old: (x [n,3,H,W], y [n]); unlabeled: (x, logits [n,(k-1)c], logits_main).
     sub: a quarter of the batch size, which sets the weights of the balanced losses whatever the
-    sub-batches hold. BatchNorm sees each apart, in this order.
+    sub-batches hold. All four pass together, and BatchNorm sees each apart, in this order; the
+    published code passes the unlabeled one twice, once for each kind of heads.
     """
     (x, y), (x_new, y_new), (x_old, y_old), (x_unlabeled, stored, stored_main) = (
         random,
@@ -100,14 +87,17 @@ def KD_loss(model, k, sub, random, new, old, unlabeled):
         old,
         unlabeled,
     )
+    images = x, x_new, x_old, x_unlabeled
+    sizes = [len(each) for each in images]
+    features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
+    features, of_new, of_old, of_unlabeled = features.split(sizes)
+    loss = F.cross_entropy(model.logits(features, k, main_fc=False), y)
+    loss = loss + distillation(model.logits(of_unlabeled, k - 1, main_fc=False), stored)
     a, b = sub // k / sub, sub * (k - 1) // k / sub
-    loss = F.cross_entropy(model(x, k, main_fc=False), y)
-    balanced = a * F.cross_entropy(model(x_new, k), y_new)
-    balanced = balanced + b * F.cross_entropy(model(x_old, k), y_old)
-    features = features_twice(model, x_unlabeled)
-    loss = loss + distillation(model.logits(features, k - 1, main_fc=False), stored)
-    balanced = balanced + distillation(model.logits(features, k - 1, main_fc=True), stored_main)
-    return loss + 0.5 * balanced
+    balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
+    balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
+    kept = distillation(model.logits(of_unlabeled, k - 1, main_fc=True), stored_main)
+    return loss + 0.5 * (balanced + kept)
 
 
 # ------------------------------------------------------------------------------ an epoch

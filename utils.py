@@ -1,6 +1,8 @@
 """What the scripts share below the method: arguments, device, seeds, files, a run's records."""
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -34,6 +36,7 @@ def first_line(error):
 
 def run(main):
     """Run a script's main(); a Refusal becomes one line on stderr and exit status 2."""
+    keep_freed_memory()
     try:
         return main()
     except Refusal as refusal:
@@ -44,6 +47,18 @@ def run(main):
         words, status = "interrupted", 130
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(status)
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed for the next step, on Linux (glibc).
+
+    By default each large activation is fresh memory from the system, which clears it page by
+    page: on a CPU, up to 40 % of a training step (benchmarks/NOTES.md).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for anything
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -163,6 +178,13 @@ def make_parser(description, save_dir):
         help="auto (cuda:<--gpu>, else mps, else cpu), cpu, cuda, cuda:N or mps (default auto)",
     )
     flag("--gpu", type=whole(0), default=0, metavar="N", help=f"the CUDA device of auto {number}")
+    flag(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="in which the backbone computes: fp32 (default), or bf16 (autocast), several times "
+        "faster where the hardware has it; weights, statistics, heads and ranks are fp32 always",
+    )
     flag("--seed", type=whole(0), default=0, metavar="N", help=number)
     flag(
         "--print_freq",

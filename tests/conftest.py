@@ -30,6 +30,7 @@ def args(tmp_path):
         width=4,
         seed=0,
         print_freq=50,
+        precision="fp32",
     )
 
 

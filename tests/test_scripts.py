@@ -222,7 +222,9 @@ def bu_args(**changes):
 
 
 def model():
-    args = SimpleNamespace(classes_per_classifier=2, classifiers=3, width=4, seed=0)
+    args = SimpleNamespace(
+        classes_per_classifier=2, classifiers=3, width=4, seed=0, precision="fp32"
+    )
     return trainer.make_model(args, torch.device("cpu"))
 
 
