@@ -55,7 +55,7 @@ def keep_freed_memory():
     By default each large activation is fresh memory from the system, which clears it page by
     page: on a CPU, up to 40 % of a training step (benchmarks/NOTES.md).
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for anything
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back

@@ -1,12 +1,21 @@
 """The network against METHOD.md section 3: a plain one, its sizes, its initial values."""
 
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from models import ResNet
+from models.resnet import BatchNorm2d, Block
 from trainer import make_model
+
+ROOT = Path(__file__).parent.parent
 
 
 def plain_features(state, x, norm):
@@ -84,6 +93,144 @@ def test_features_in_training_and_the_running_statistics_are_those_of_the_plain_
     assert statistics.keys() == {key for key in after if "running" in key}
     for key, value in statistics.items():
         torch.testing.assert_close(after[key], value, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------ BatchNorm
+
+
+def norm_pair():
+    """A BatchNorm of ours and PyTorch's, of the same values and unusual settings, in float64."""
+    torch.manual_seed(2)
+    plain = nn.BatchNorm2d(3, eps=1e-3, momentum=0.3).double()
+    nn.init.uniform_(plain.weight, 0.5, 2)
+    nn.init.normal_(plain.bias)
+    plain.running_mean.normal_()
+    plain.running_var.uniform_(0.5, 2)
+    ours = BatchNorm2d(3, eps=1e-3, momentum=0.3).double()
+    ours.load_state_dict(plain.state_dict())
+    return ours, plain
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ((4, 1), (2, 1), (1, 1), (3, 2)),  # the step of a task k > 1
+        ((1, 1), (1, 1), (1, 1), (1, 2)),
+        ((2, 3), (1, 2), (3, 1)),
+        ((5, 2),),  # the step of task 1
+        ((1, 2),),
+        ((4, 1),),
+    ],
+)
+def test_batchnorm_sees_groups_as_if_they_had_passed_by_themselves(groups):
+    ours, plain = norm_pair()
+    ours.groups = groups
+    for _ in range(2):  # the running statistics go on from where they are
+        x = (2 * torch.randn(sum(n for n, _ in groups), 3, 4, 5) + 1).double().requires_grad_()
+        x_plain = x.detach().clone().requires_grad_()
+        wanted = []
+        for part, passes in zip(x_plain.split([n for n, _ in groups]), [p for _, p in groups]):
+            wanted.append([plain(part) for _ in range(passes)][-1])
+        found, wanted = ours(x), torch.cat(wanted)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        slope = torch.randn_like(wanted)
+        for norm, out in ((ours, found), (plain, wanted)):
+            norm.zero_grad()
+            (out * slope).sum().backward()
+        for a, b in ((x, x_plain), (ours.weight, plain.weight), (ours.bias, plain.bias)):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+
+
+def test_batchnorm_without_groups_is_that_of_pytorch():
+    ours, plain = norm_pair()
+    x = torch.randn(6, 3, 4, 5).double()
+    for train in (True, False):
+        assert torch.equal(ours.train(train)(x), plain.train(train)(x))
+        assert same(ours.state_dict(), plain.state_dict())
+    ours.groups = ((2, 1), (4, 2))
+    assert torch.equal(ours(x), plain(x))  # in eval mode
+    assert same(ours.state_dict(), plain.state_dict())
+
+
+# ------------------------------------------------------------------------------ the shortcut
+
+
+@pytest.mark.parametrize("side", [(8, 8), (7, 9), (5, 6), (1, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_shortcut_is_a_1x1_convolution_of_the_blocks_stride(stride, side):
+    torch.manual_seed(4)
+    block = Block(3, 5, stride).double().eval()
+    plain = copy.deepcopy(block)
+    shortcut = nn.Conv2d(3, 5, 1, stride=stride, bias=False).double()
+    shortcut.load_state_dict(plain.shortcut[0].state_dict())
+    x = torch.randn(2, 3, *side).double().requires_grad_()
+    x_plain = x.detach().clone().requires_grad_()
+    h = F.relu(plain.bn1(x_plain))
+    wanted = plain.conv2(F.relu(plain.bn2(plain.conv1(h)))) + shortcut(h)
+    found = block(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(wanted)
+    (found * slope).sum().backward()
+    (wanted * slope).sum().backward()
+    for a, b in (
+        (x, x_plain),
+        (block.shortcut[0].weight, shortcut.weight),
+        (block.conv1.weight, plain.conv1.weight),
+        (block.bn1.weight, plain.bn1.weight),
+    ):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+
+
+NARROW_STEPS = """
+import torch
+from models import ResNet
+
+model = ResNet(2, 1, width=8)
+for n in (3, 5):
+    x = torch.randn(n, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    model(x).sum().backward()
+"""
+
+
+def test_small_odd_batches_do_not_crash_a_narrow_network():
+    """oneDNN's weight gradient of a strided 1x1 convolution would, where a CPU has AVX-512."""
+    threads = {"OMP_NUM_THREADS": "2", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    command = [sys.executable, "-c", NARROW_STEPS]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------ bf16
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("groups", [(), ((12, 1), (6, 1), (6, 2))])
+def test_bf16_gives_nearly_the_same_features_and_logits_in_fp32(train, groups):
+    """A rounding to bf16 is off by up to 2^-9, some 40 of them in a row by about 1 %."""
+    torch.manual_seed(5)
+    model, bf16 = ResNet(2, 3, width=8), ResNet(2, 3, width=8, bf16=True)
+    bf16.load_state_dict(model.state_dict())
+    x = torch.randn(24, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    inside = []
+    bf16.layer4.register_forward_hook(lambda layer, inputs, out: inside.append(out.dtype))
+    with torch.no_grad():
+        wanted, found = (m.train(train).features(x, groups) for m in (model, bf16))
+        pairs = [(found, wanted)]
+        for main_fc in (True, False):
+            pairs.append((bf16.logits(found, 3, main_fc), model.logits(wanted, 3, main_fc)))
+    assert inside == [torch.bfloat16]
+    for found, wanted in pairs:
+        assert found.dtype == wanted.dtype == torch.float32
+        assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.05
+    kinds = [{key: value.dtype for key, value in m.state_dict().items()} for m in (model, bf16)]
+    assert kinds[0] == kinds[1]
+
+
+# ------------------------------------------------------------------------------ heads and sizes
 
 
 @pytest.mark.parametrize("main_fc, heads", [(True, "linear_main"), (False, "linear")])

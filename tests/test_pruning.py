@@ -198,6 +198,13 @@ def test_masks_only_shrink_and_what_is_given_stays_as_it_was():
         masks = pruned
 
 
+def test_what_is_given_stays_as_it_was_also_in_a_single_layer():
+    weights, masks = layers([-1.0, 2.0, -3.0, 4.0]), layers([1.0, 1.0, 0.0, 1.0])
+    before = copy.deepcopy((weights, masks))
+    assert same(pruning_utils.prune(weights, masks, 0.4), layers([0.0, 1.0, 0.0, 1.0]))
+    assert same(weights, before[0]) and same(masks, before[1])
+
+
 # ------------------------------------------------------------------------------ densities
 
 

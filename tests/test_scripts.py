@@ -200,6 +200,28 @@ def test_TD_is_the_same_twice_and_with_another_seed_not(tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_TD_in_bf16_leaves_files_in_fp32(tmp_path, monkeypatch):
+    real, seen = main_TD.make_model, set()
+
+    def make_model(*given):
+        made = real(*given)
+        made.layer4.register_forward_hook(lambda layer, inputs, out: seen.add(out.dtype))
+        return made
+
+    monkeypatch.setattr(main_TD, "make_model", make_model)
+    run = run_TD(tmp_path, "--prune_scheduler", "2,1,1", "--precision", "bf16")
+    assert seen == {torch.bfloat16}
+    assert run["config"]["precision"] == "bf16"
+    assert [round(row["density"], 1) for row in run["states"]] == [100, 64, 51.2, 41]
+    for t in (1, 2, 3, 4):
+        for name in ("checkpoint", "best_model"):
+            saved = torch.load(tmp_path / f"task{t}_{name}.pt", weights_only=True)
+            momentum = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+            for tensor in (*saved["state_dict"].values(), *momentum):
+                assert tensor.dtype == (torch.float32 if tensor.ndim else torch.int64)
+                assert bool(tensor.isfinite().all())
+
+
 # ------------------------------------------------------------------------------ main_BU
 
 
@@ -446,6 +468,7 @@ def files(tmp_path):
         (main_CIL, "--momentum 1", "--momentum"),
         (main_CIL, "--decreasing_lr 6;8", "--decreasing_lr"),
         (main_CIL, "--width 0", "--width"),
+        (main_CIL, "--precision fp16", "--precision"),
         (main_CIL, "--no_such_flag 1", "--no_such_flag"),
         (main_TD, "--prune_scheduler 1,1,3,4,5", "--prune_scheduler 1,1,3,4,5"),
         (main_TD, "", "--prune_scheduler 1,1,2,3,5"),
@@ -510,3 +533,23 @@ def test_a_refusal_as_a_user_sees_it(script, tmp_path):
     assert refused.returncode == 2 and refused.stdout == ""
     assert len(refused.stderr.splitlines()) == 1
     assert refused.stderr.startswith(f"{script.__name__}.py: ")
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_scripts_let_the_C_library_keep_what_is_freed(monkeypatch):
+    asked = []
+    library = SimpleNamespace(mallopt=lambda option, value: asked.append(option))
+    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: library)
+    assert utils.run(lambda: list(asked)) == [-4, -1]  # before main: M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def no_library(name):
+    raise OSError("no such library")
+
+
+@pytest.mark.parametrize("load", [no_library, lambda name: SimpleNamespace()])
+def test_where_the_C_library_has_no_such_thing_scripts_run_all_the_same(monkeypatch, load):
+    monkeypatch.setattr(utils.ctypes, "CDLL", load)
+    assert utils.run(lambda: "ran") == "ran"

@@ -1,0 +1,384 @@
+"""The published way to compute and ours, side by side.
+
+    python benchmarks/bench.py                       all rows; on 2 cores, about half an hour
+    python benchmarks/bench.py --rows kd_step,prune  some of them
+    python benchmarks/bench.py --out bench.json      the figures as JSON too
+
+Each row runs in three processes of its own, published, ours in fp32 and ours in bf16, which take
+turns; a figure is the median of the turns. The data are random pixels: times do not depend on
+what is in them. An epoch is not run to its end but for a few batches: the time to the first one,
+when the workers start, and so many times that of a further one as an epoch has.
+"""
+
+import itertools
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import published
+import torch
+from tqdm import tqdm
+
+import dataset
+import pruning_utils
+import teaching
+import trainer
+import utils
+
+WAYS = "published", "ours_fp32", "ours_bf16"
+IN_FP32_ALONE = "query", "prune"  # nothing in them depends on --precision
+TASKS, CLASSES, TRAIN, VAL, POOL = 5, 2, 4500, 500, 50_000  # CIFAR-10
+
+
+def make_args(way, width, tasks=TASKS):
+    """The defaults of the scripts."""
+    parser = utils.make_parser("", "")
+    args = parser.parse_args(["--width", str(width), "--classifiers", str(tasks)])
+    args.classes_per_classifier = CLASSES
+    args.precision = "bf16" if way == "ours_bf16" else "fp32"
+    return args
+
+
+def make_data(device, tasks=TASKS, per_class=TRAIN, val=VAL):
+    """A set of CIFAR-10's sizes, of random pixels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(n):
+        shape = (n, 32, 32, 3)
+        return {
+            c: torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+            for c in range(tasks * CLASSES)
+        }
+
+    facts = dataset.DATASETS["cifar10"]
+    train = part(per_class)
+    return dataset.Data(
+        source="random",
+        classifiers=tasks,
+        classes_per_classifier=CLASSES,
+        order=list(range(tasks * CLASSES)),
+        train=train,
+        val=part(val),
+        test={},
+        exemplars={c: images[:100] for c, images in train.items()},
+        pool=part(1)[0],
+        mean=torch.tensor(facts.mean, device=device).view(3, 1, 1),
+        std=torch.tensor(facts.std, device=device).view(3, 1, 1),
+        pad=facts.pad,
+    )
+
+
+def make_network(way, args, device, masked):
+    """The network with its optimizer, under a mask of 64 % (after two prunings) or dense."""
+    model = trainer.make_model(args, device).train()
+    if masked:
+        masks = pruning_utils.masks_of(model)
+        for _ in range(2):
+            masks = pruning_utils.prune(pruning_utils.weights(model), masks, 0.2)
+        pruning_utils.apply_mask(model, masks)
+    optimizer = trainer.make_optimizer(model, args, args.lr)
+    return published.plain(model) if way == "published" else model, optimizer
+
+
+def make_unlabeled(n, t, device):
+    """Queried images as ours stores them (uint8), with logits of the heads before t."""
+    images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, device=device)
+    return images, *torch.randn(2, n, (t - 1) * CLASSES, device=device)
+
+
+def timed(device, work):
+    """The seconds that work() takes, with all that it set going on the device."""
+    synchronise(device)
+    began = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def synchronise(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# ------------------------------------------------------------------------------ the rows
+#
+# Each takes (way, width, device), prepares, warms up, and returns a function that does the work
+# once and returns its seconds.
+
+
+def task1_step(way, width, device):
+    args, data = make_args(way, width), make_data(device, per_class=200)
+    model, optimizer = make_network(way, args, device, masked=False)
+    images, y = data.of_tasks(data.train, 1, 1)
+    x, y = dataset.normalise(images[: args.batch_size], data), y[: args.batch_size]
+    if way == "published":
+        x = x.contiguous()
+        return lambda: timed(device, lambda: published.task1_step(model, optimizer, x, y))
+    return lambda: timed(
+        device, lambda: trainer.descend(trainer.task1_loss(model, x, y), optimizer)
+    )
+
+
+def kd_step(way, width, device, t=3):
+    args = make_args(way, width, max(t, TASKS))
+    data = make_data(device, max(t, TASKS), per_class=200)
+    model, optimizer = make_network(way, args, device, masked=True)
+    sub = trainer.random_batch(args, t)
+    task = trainer.make_task(data, t, make_unlabeled(sub, t, device))
+    sizes = sub, sub // t, sub * (t - 1) // t, sub
+    batches = [
+        (dataset.normalise(images[:size], data), *(other[:size] for other in others))
+        for (images, *others), size in zip(task[1:], sizes)
+    ]
+    if way == "published":
+        batches = [[tensor.contiguous() for tensor in batch] for batch in batches]
+        return lambda: timed(device, lambda: published.kd_step(model, optimizer, t, sub, *batches))
+    return lambda: timed(
+        device, lambda: trainer.descend(trainer.KD_loss(model, t, sub, *batches), optimizer)
+    )
+
+
+def epoch_seconds(device, steps, number, batches):
+    """The seconds of an epoch of `steps` steps, from the first `number` of them.
+
+    batches: an iterator that does a step each time.
+    """
+
+    def some(n):
+        for _ in itertools.islice(batches, n):
+            pass
+
+    first = timed(device, lambda: some(1))
+    others = timed(device, lambda: some(number - 1))
+    batches.close()
+    return first + (steps - 1) * others / (number - 1)
+
+
+def task1_epoch(way, width, device, number=4):
+    args, data = make_args(way, width), make_data(device)
+    model, optimizer = make_network(way, args, device, masked=False)
+    task = trainer.make_task(data, 1, None)
+    steps = -(-len(task.random[0]) // args.batch_size)
+    images = published.Images(*to_cpu(task.random), data, True) if way == "published" else None
+    epoch = itertools.count(1)
+
+    def work():
+        if way == "published":
+            batches = published.task1_epoch(model, optimizer, images, args.batch_size, device)
+        else:
+            batches = trainer.train(model, optimizer, task, data, args, "task1", next(epoch))
+        return epoch_seconds(device, steps, number, batches)
+
+    return work
+
+
+def kd_epoch(way, width, device, number=6, t=3):
+    args, data = make_args(way, width), make_data(device)
+    model, optimizer = make_network(way, args, device, masked=True)
+    sub = trainer.random_batch(args, t)
+    queried = 50 * 100 * CLASSES * (t - 1)
+    task = trainer.make_task(data, t, make_unlabeled(queried, t, device))
+    steps = -(-len(task.random[0]) // sub)
+    if way == "published":
+        random, new, old = (
+            published.Images(*to_cpu(part), data, True)
+            for part in (task.random, task.new, task.old)
+        )
+        images, *logits = task.unlabeled
+        stored = torch.cat([dataset.normalise(x, data).cpu() for x in images.split(1000)])
+        unlabeled = published.Queried(stored.contiguous(), *to_cpu(logits))
+    epoch = itertools.count(1)
+
+    def work():
+        if way == "published":
+            batches = published.kd_epoch(
+                model, optimizer, t, sub, random, new, old, unlabeled, device
+            )
+        else:
+            batches = trainer.train_KD(model, optimizer, task, data, args, "task3", next(epoch))
+        return epoch_seconds(device, steps, number, batches)
+
+    return work
+
+
+def to_cpu(tensors):
+    return [tensor.cpu() for tensor in tensors]
+
+
+def query(way, width, device, exemplars=1000, pool=POOL):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(exemplars + pool, 8 * width, generator=generator).to(device)
+    features = features[:exemplars], features[exemplars:]
+    run = published.query if way == "published" else teaching.query
+    return lambda: timed(device, lambda: run(*features, 50))
+
+
+def prune(way, width, device):
+    args = make_args(way, width)
+
+    def work():
+        model, _ = make_network(way, args, device, masked=False)
+        if way == "published":  # the second round: under a mask, as nearly all are
+            published.prune(model, 0.2)
+            return timed(device, lambda: published.prune(model, 0.2))
+
+        def ours():
+            weights, masks = pruning_utils.weights(model), pruning_utils.masks_of(model)
+            pruning_utils.apply_mask(model, pruning_utils.prune(weights, masks, 0.2))
+
+        ours()
+        return timed(device, ours)
+
+    return work
+
+
+def validate(way, width, device, t=2):
+    args, data = make_args(way, width), make_data(device, per_class=100)
+    model, _ = make_network(way, args, device, masked=True)
+    if way == "published":
+        images = published.Images(*to_cpu(data.of_tasks(data.val, 1, t)), data, False)
+        size = args.batch_size
+        return lambda: timed(device, lambda: published.validate(model, images, t, size, device))
+    return lambda: timed(device, lambda: trainer.validate(model, data.val, t, data, args))
+
+
+ROWS = {
+    row.__name__: row
+    for row in (task1_step, kd_step, task1_epoch, kd_epoch, query, prune, validate)
+}
+# how things grow with the number of tasks: the last of T, two classes and 200 exemplars each
+GROWTH = {f"{row}_T{tasks}": (row, tasks) for row in ("kd_step", "query") for tasks in (5, 10, 20)}
+
+
+def build(name, way, width, device):
+    """The work of the row `name`, one of ROWS or GROWTH."""
+    if name in ROWS:
+        return ROWS[name](way, width, device)
+    row, tasks = GROWTH[name]
+    if row == "kd_step":
+        return kd_step(way, width, device, t=tasks)
+    return query(way, width, device, exemplars=100 * CLASSES * (tasks - 1))
+
+
+# ------------------------------------------------------------------------------ taking turns
+
+
+def peak_gib(device):
+    """The most memory so far, in GiB: of this process (without its data-loading children), or
+    of tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def serve(pipe, name, way, width, device):
+    """One way of a row, in a process of its own: does the work each time that it is asked."""
+    if way != "published":  # as our scripts do when they start
+        utils.keep_freed_memory()
+    torch.manual_seed(0)
+    work = build(name, way, width, device)
+    before = peak_gib(device)
+    pipe.send("ready")
+    while pipe.recv():
+        pipe.send((work(), before, peak_gib(device)))
+
+
+def measure(name, width, device, repeats, bar):
+    """The row `name`: medians of seconds, ratios and peak memory of the ways."""
+    spawn = multiprocessing.get_context("spawn")
+    ways = [w for w in WAYS if not (w == "ours_bf16" and name.split("_")[0] in IN_FP32_ALONE)]
+    pipes, processes, figures = {}, [], {way: [] for way in ways}
+    for way in ways:
+        pipes[way], end = spawn.Pipe()
+        process = spawn.Process(target=serve, args=(end, name, way, width, device))
+        process.start()
+        processes.append(process)
+        pipes[way].recv()  # one after the other: threads of two would slow each other down
+    for turn in range(repeats + 1):
+        for way in ways:
+            bar.set_postfix_str(f"{name} {way}")
+            pipes[way].send(True)
+            figures[way].append(pipes[way].recv())
+            bar.update()
+        if turn == 0:  # the first turn warms up
+            for way in ways:
+                figures[way].clear()
+    for way in ways:
+        pipes[way].send(False)
+    for process in processes:
+        process.join()
+    row = {"name": name}
+    row |= {f"{way}_s": None for way in WAYS} | {"ratio_fp32": None, "ratio_bf16": None}
+    for way in ways:
+        seconds, before, peak = zip(*figures[way])
+        row[f"{way}_s"] = statistics.median(seconds)
+        row[f"{way}_all_s"] = seconds
+        row[f"{way}_peak_gib"] = peak[-1]
+        row[f"{way}_before_gib"] = before[0]
+    for way in ways[1:]:
+        row[f"ratio_{way[5:]}"] = row["published_s"] / row[f"{way}_s"]
+    return row
+
+
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = ["| row | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 | peak GiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [seconds(row[f"{way}_s"]) for way in WAYS]
+        cells += [f"{row[r]:.2f}" if row[r] else "" for r in ("ratio_fp32", "ratio_bf16")]
+        peaks = [row.get(f"{way}_peak_gib") for way in WAYS]
+        cells.append(" / ".join(f"{peak:.2f}" for peak in peaks if peak))
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seconds(s):
+    return "" if s is None else f"{s:.1f} s" if s >= 10 else f"{s:.3f} s"
+
+
+def main(argv=None):
+    parser = utils.Parser(__doc__)
+    flag = parser.add_argument
+    flag("--device", default="auto", help="as in the scripts (default auto)")
+    flag("--width", type=utils.whole(1), default=64, metavar="N", help="default %(default)s")
+    flag("--out", metavar="FILE", help="write the figures there as JSON")
+    flag("--rows", metavar="A,B,..", help=f"default: {','.join([*ROWS, *GROWTH])}")
+    flag("--repeats", type=utils.whole(1), default=3, metavar="N", help="default %(default)s")
+    args = parser.parse_args(argv)
+    names = args.rows.split(",") if args.rows else [*ROWS, *GROWTH]
+    for name in names:
+        if name not in ROWS and name not in GROWTH:
+            raise utils.Refusal(f"--rows {name}: unknown, give some of {', '.join(ROWS)}")
+    device = utils.pick_device(args.device)
+    results = {
+        "device": utils.device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "width": args.width,
+        "rows": [],
+    }
+    print(f"{results['device']}, {results['threads']} CPU threads, PyTorch {torch.__version__}")
+    turns = sum(2 if n.split("_")[0] in IN_FP32_ALONE else 3 for n in names) * (args.repeats + 1)
+    with tqdm(total=turns, disable=None, leave=False) as bar:
+        for name in names:
+            results["rows"].append(measure(name, args.width, device, args.repeats, bar))
+            if bar.disable:
+                print(table(results["rows"][-1:]).splitlines()[-1], flush=True)
+    print(table(results["rows"]))
+    if args.out:
+        text = json.dumps(results, indent=1) + "\n"
+        utils.write_whole(args.out, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,151 @@
+"""The published way to compute, built plainly from METHOD.md: what bench.py compares with.
+
+Images go through PIL in a Dataset, batches come from DataLoaders with two workers and pinned
+memory that start anew every epoch, each use of a sub-batch is a forward pass of its own, masks
+are those of torch.nn.utils.prune, and every batch ends with .item().
+"""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+
+def plain(model):
+    """Our network, with the shortcuts' stride where the published code has it: in the layer."""
+    for module in model.modules():
+        if hasattr(module, "shortcut"):
+            module.shortcut[0].stride = (module.stride, module.stride)
+            module.stride = 1
+    return model
+
+
+class Images(Dataset):
+    """Labeled images, uint8 [n,H,W,3] (NumPy), through PIL."""
+
+    def __init__(self, images, labels, data, augmented):
+        self.images, self.labels = images.numpy(), labels
+        views = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=data.pad)]
+        mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
+        self.transform = transforms.Compose(
+            [*(views if augmented else []), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        return self.transform(Image.fromarray(self.images[place])), self.labels[place]
+
+
+class Queried(Dataset):
+    """Queried images, float32 and normalised as they are stored, with the teacher's logits."""
+
+    def __init__(self, images, logits, logits_main):
+        self.tensors = images, logits, logits_main
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, place):
+        return tuple(tensor[place] for tensor in self.tensors)
+
+
+def loader(images, batch_size, shuffle=True):
+    pin = torch.cuda.is_available()  # elsewhere it does nothing
+    return DataLoader(images, batch_size, shuffle=shuffle, num_workers=2, pin_memory=pin)
+
+
+def endless(batches):
+    while True:
+        yield from batches
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def KD(logits, stored):
+    """Distillation at temperature 2; both [n,classes]."""
+    soft = F.softmax(stored / 2, dim=1)
+    return -4 * (soft * F.log_softmax(logits / 2, dim=1)).sum(1).mean()
+
+
+def step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def task1_step(model, optimizer, x, y):
+    loss = F.cross_entropy(model(x, 1, main_fc=False), y)
+    loss = loss + F.cross_entropy(model(x, 1, main_fc=True), y)
+    return step(optimizer, loss)
+
+
+def kd_step(model, optimizer, k, sub, random, new, old, unlabeled):
+    (x, y), (x_new, y_new), (x_old, y_old), (u, stored, stored_main) = random, new, old, unlabeled
+    a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
+    loss = F.cross_entropy(model(x, k, main_fc=False), y)
+    balanced = a * F.cross_entropy(model(x_new, k, main_fc=True), y_new)
+    balanced = balanced + b * F.cross_entropy(model(x_old, k, main_fc=True), y_old)
+    loss = loss + KD(model(u, k - 1, main_fc=False), stored)
+    balanced = balanced + KD(model(u, k - 1, main_fc=True), stored_main)
+    return step(optimizer, loss + 0.5 * balanced)
+
+
+def to(device, batch):
+    return [tensor.to(device) for tensor in batch]
+
+
+def task1_epoch(model, optimizer, images, batch_size, device):
+    """Yield after each step of an epoch of task 1. images: an Images."""
+    model.train()
+    for batch in loader(images, batch_size):
+        yield task1_step(model, optimizer, *to(device, batch))
+
+
+def kd_epoch(model, optimizer, k, sub, random, new, old, unlabeled, device):
+    """Yield after each step of an epoch of task k > 1. Three Images and a Queried."""
+    model.train()
+    sizes = int(sub / k), int(sub * (k - 1) / k), sub
+    others = [endless(loader(x, size)) for x, size in zip((new, old, unlabeled), sizes)]
+    for batches in zip(loader(random, sub), *others):
+        yield kd_step(model, optimizer, k, sub, *(to(device, batch) for batch in batches))
+
+
+def validate(model, images, k, batch_size, device):
+    """Accuracy in percent by the balanced heads 1..k. images: an Images, not augmented."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for batch in loader(images, batch_size, shuffle=False):
+            x, y = to(device, batch)
+            right += (model(x, k, main_fc=True).argmax(1) == y).sum().item()
+    return 100 * right / len(images)
+
+
+# ------------------------------------------------------------------------------ the rest
+
+
+def query(exemplars, pool, num):
+    """Each exemplar in turn takes its `num` nearest pool rows not yet taken: int64 [m*num]."""
+    taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
+    selected = []
+    for exemplar in exemplars:
+        nearest = (pool - exemplar).pow(2).sum(1).sqrt().argsort()
+        nearest = nearest[~taken[nearest]][:num]
+        taken[nearest] = True
+        selected.append(nearest)
+    return torch.cat(selected)
+
+
+def prune(model, percent):
+    """One pruning of all convolutions together."""
+    torch_prune.global_unstructured(
+        [(m, "weight") for m in model.modules() if isinstance(m, torch.nn.Conv2d)],
+        pruning_method=torch_prune.L1Unstructured,
+        amount=percent,
+    )

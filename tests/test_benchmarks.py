@@ -1,0 +1,126 @@
+"""The benchmark compares like with like: its published way computes what ours does."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dataset
+import pruning_utils
+import teaching
+import trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import bench
+import published
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.fixture
+def pair(args):
+    """Our network and the published one, the same in float64, with their optimizers."""
+    ours = trainer.make_model(args, torch.device("cpu")).double().train()
+    plain = published.plain(copy.deepcopy(ours))
+    masks = pruning_utils.prune(pruning_utils.weights(ours), pruning_utils.masks_of(ours), 0.3)
+    for model in (ours, plain):
+        pruning_utils.apply_mask(model, masks)
+    return ours, plain, *(trainer.make_optimizer(model, args, 0.01) for model in (ours, plain))
+
+
+def assert_same_state(ours, plain):
+    wanted = plain.state_dict()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], **CLOSE, msg=lambda m, key=key: f"{key} {m}")
+
+
+def test_plain_has_the_published_strides(pair):
+    for name, stride in (("layer1", None), ("layer2", 2), ("layer3", 2), ("layer4", 2)):
+        block = getattr(pair[1], name)[0]
+        if stride:
+            assert block.shortcut[0].stride == (stride, stride) and block.stride == 1
+    assert pair[0].layer2[0].shortcut[0].stride == (1, 1)
+
+
+def test_steps(pair):
+    ours, plain, optimizer, plain_optimizer = pair
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, 16, 16).double(), torch.randint(2, (5,))
+    loss = trainer.task1_loss(ours, x, y)
+    trainer.descend(loss, optimizer)
+    assert published.task1_step(plain, plain_optimizer, x, y) == pytest.approx(loss.item(), 1e-9)
+    assert_same_state(ours, plain)
+    batches = [(torch.randn(n, 3, 16, 16).double(), torch.randint(4, (n,))) for n in (6, 2, 4)]
+    batches.append((torch.randn(6, 3, 16, 16).double(), *torch.randn(2, 6, 4).double()))
+    loss = trainer.KD_loss(ours, 3, 6, *batches)
+    trainer.descend(loss, optimizer)
+    wanted = published.kd_step(plain, plain_optimizer, 3, 6, *batches)
+    assert wanted == pytest.approx(loss.item(), 1e-9)
+    assert_same_state(ours, plain)
+
+
+def test_query():
+    features = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    both = [run(features[:7], features[7:], 9) for run in (teaching.query, published.query)]
+    assert torch.equal(*both)
+
+
+def test_two_prunings(args):
+    ours = trainer.make_model(args, torch.device("cpu"))
+    plain = copy.deepcopy(ours)
+    for _ in range(2):
+        published.prune(plain, 0.2)
+        weights, masks = pruning_utils.weights(ours), pruning_utils.masks_of(ours)
+        pruning_utils.apply_mask(ours, pruning_utils.prune(weights, masks, 0.2))
+    found, wanted = pruning_utils.masks_of(ours), pruning_utils.masks_of(plain)
+    assert 63 < pruning_utils.density(found) < 65
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_validation(args, data):
+    model = trainer.make_model(args, torch.device("cpu"))
+    images, labels = data.of_tasks(data.val, 1, 2)
+    part = published.Images(images, labels, data, augmented=False)
+    plain = published.plain(copy.deepcopy(model))
+    wanted = published.validate(plain, part, 2, 10, torch.device("cpu"))
+    assert trainer.validate(model, data.val, 2, data, args) == pytest.approx(wanted)
+
+
+def test_published_images(data):
+    """Without views they are ours; with views they are 32x32 crops of the padded image."""
+    images, labels = data.of_tasks(data.val, 1, 1)
+    plain = published.Images(images, labels, data, augmented=False)
+    x = torch.stack([plain[i][0] for i in range(len(plain))])
+    torch.testing.assert_close(x, dataset.normalise(images, data), rtol=0, atol=1e-6)
+
+
+def test_an_epoch_is_estimated_from_a_part_of_it(monkeypatch):
+    done, seconds = [], iter([5.0, 6.0])
+
+    def timed(device, work):
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(bench, "timed", timed)
+    batches = (done.append(i) for i in range(100))
+    # 5 s for the first step, 6 s for three more: 5 + 9 x 2
+    assert bench.epoch_seconds(torch.device("cpu"), 10, 4, batches) == 5 + 9 * 2
+    assert done == [0, 1, 2, 3]
+
+
+def test_benchmark_from_the_command_line(tmp_path, capsys):
+    """One row, in its own processes, printed and written."""
+    out = tmp_path / "bench.json"
+    flags = ["--device", "cpu", "--width", "1", "--repeats", "1", "--out", str(out)]
+    bench.main([*flags, "--rows", "kd_step,prune"])
+    results = json.loads(out.read_text())
+    assert results["torch"] == torch.__version__ and results["device"].startswith("cpu")
+    steps, prunings = results["rows"]
+    assert (steps["name"], prunings["name"]) == ("kd_step", "prune")
+    for kind in ("fp32", "bf16"):
+        assert steps[f"ratio_{kind}"] == steps["published_s"] / steps[f"ours_{kind}_s"] > 0
+    assert prunings["ours_bf16_s"] is prunings["ratio_bf16"] is None
+    assert "| kd_step |" in capsys.readouterr().out
