@@ -10,6 +10,7 @@ what is in them. An epoch is not run to its end but for a few batches: the time 
 when the workers start, and so many times that of a further one as an epoch has.
 """
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -32,7 +33,6 @@ import trainer
 import utils
 
 WAYS = "published", "ours_fp32", "ours_bf16"
-IN_FP32_ALONE = "query", "prune"  # nothing in them depends on --precision
 TASKS, CLASSES, TRAIN, VAL, POOL = 5, 2, 4500, 500, 50_000  # CIFAR-10
 
 
@@ -106,10 +106,16 @@ def synchronise(device):
         getattr(torch, device.type).synchronize()
 
 
+def timed_step(device, step):
+    """The seconds of the second of two steps: after waiting for its turn, a process is slow."""
+    step()
+    return timed(device, step)
+
+
 # ------------------------------------------------------------------------------ the rows
 #
-# Each takes (way, width, device), prepares, warms up, and returns a function that does the work
-# once and returns its seconds.
+# Each takes (way, width, device) and returns a function that does the work once and returns its
+# seconds.
 
 
 def task1_step(way, width, device):
@@ -119,8 +125,8 @@ def task1_step(way, width, device):
     x, y = dataset.normalise(images[: args.batch_size], data), y[: args.batch_size]
     if way == "published":
         x = x.contiguous()
-        return lambda: timed(device, lambda: published.task1_step(model, optimizer, x, y))
-    return lambda: timed(
+        return lambda: timed_step(device, lambda: published.task1_step(model, optimizer, x, y))
+    return lambda: timed_step(
         device, lambda: trainer.descend(trainer.task1_loss(model, x, y), optimizer)
     )
 
@@ -138,8 +144,10 @@ def kd_step(way, width, device, t=3):
     ]
     if way == "published":
         batches = [[tensor.contiguous() for tensor in batch] for batch in batches]
-        return lambda: timed(device, lambda: published.kd_step(model, optimizer, t, sub, *batches))
-    return lambda: timed(
+        return lambda: timed_step(
+            device, lambda: published.kd_step(model, optimizer, t, sub, *batches)
+        )
+    return lambda: timed_step(
         device, lambda: trainer.descend(trainer.KD_loss(model, t, sub, *batches), optimizer)
     )
 
@@ -160,7 +168,7 @@ def epoch_seconds(device, steps, number, batches):
     return first + (steps - 1) * others / (number - 1)
 
 
-def task1_epoch(way, width, device, number=4):
+def task1_epoch(way, width, device, number=3):
     args, data = make_args(way, width), make_data(device)
     model, optimizer = make_network(way, args, device, masked=False)
     task = trainer.make_task(data, 1, None)
@@ -211,12 +219,12 @@ def to_cpu(tensors):
     return [tensor.cpu() for tensor in tensors]
 
 
-def query(way, width, device, exemplars=1000, pool=POOL):
+def query(way, width, device, exemplars=1000, pool=POOL, num=50):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(exemplars + pool, 8 * width, generator=generator).to(device)
     features = features[:exemplars], features[exemplars:]
     run = published.query if way == "published" else teaching.query
-    return lambda: timed(device, lambda: run(*features, 50))
+    return lambda: timed(device, lambda: run(*features, num))
 
 
 def prune(way, width, device):
@@ -253,17 +261,12 @@ ROWS = {
     for row in (task1_step, kd_step, task1_epoch, kd_epoch, query, prune, validate)
 }
 # how things grow with the number of tasks: the last of T, two classes and 200 exemplars each
-GROWTH = {f"{row}_T{tasks}": (row, tasks) for row in ("kd_step", "query") for tasks in (5, 10, 20)}
-
-
-def build(name, way, width, device):
-    """The work of the row `name`, one of ROWS or GROWTH."""
-    if name in ROWS:
-        return ROWS[name](way, width, device)
-    row, tasks = GROWTH[name]
-    if row == "kd_step":
-        return kd_step(way, width, device, t=tasks)
-    return query(way, width, device, exemplars=100 * CLASSES * (tasks - 1))
+for tasks in (5, 10, 20):
+    ROWS[f"kd_step_T{tasks}"] = functools.partial(kd_step, t=tasks)
+for tasks in (5, 10, 20):
+    ROWS[f"query_T{tasks}"] = functools.partial(query, exemplars=100 * CLASSES * (tasks - 1))
+# as large as it gets; with 15 each, no exemplar finds the pool empty
+ROWS["query_large"] = functools.partial(query, exemplars=10_000, pool=150_000, num=15)
 
 
 # ------------------------------------------------------------------------------ taking turns
@@ -285,33 +288,46 @@ def serve(pipe, name, way, width, device):
     if way != "published":  # as our scripts do when they start
         utils.keep_freed_memory()
     torch.manual_seed(0)
-    work = build(name, way, width, device)
+    work = ROWS[name](way, width, device)
     before = peak_gib(device)
     pipe.send("ready")
     while pipe.recv():
         pipe.send((work(), before, peak_gib(device)))
 
 
+def ways_of(name):
+    """The ways in which a row is done."""
+    if name in ("query", "prune"):  # --precision changes nothing here
+        return WAYS[:2]
+    return WAYS[1:2] if name.startswith("query_") else WAYS  # minutes and minutes as published
+
+
+def answer(pipe):
+    """What the process at the other end says. Raises Refusal when it has ended."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise utils.Refusal("a process of the benchmark has ended, see above") from None
+
+
 def measure(name, width, device, repeats, bar):
     """The row `name`: medians of seconds, ratios and peak memory of the ways."""
     spawn = multiprocessing.get_context("spawn")
-    ways = [w for w in WAYS if not (w == "ours_bf16" and name.split("_")[0] in IN_FP32_ALONE)]
+    ways = ways_of(name)
     pipes, processes, figures = {}, [], {way: [] for way in ways}
     for way in ways:
         pipes[way], end = spawn.Pipe()
         process = spawn.Process(target=serve, args=(end, name, way, width, device))
         process.start()
+        end.close()
         processes.append(process)
-        pipes[way].recv()  # one after the other: threads of two would slow each other down
-    for turn in range(repeats + 1):
+        answer(pipes[way])  # one after the other: threads of two would slow each other down
+    for _ in range(repeats):
         for way in ways:
             bar.set_postfix_str(f"{name} {way}")
             pipes[way].send(True)
-            figures[way].append(pipes[way].recv())
+            figures[way].append(answer(pipes[way]))
             bar.update()
-        if turn == 0:  # the first turn warms up
-            for way in ways:
-                figures[way].clear()
     for way in ways:
         pipes[way].send(False)
     for process in processes:
@@ -324,20 +340,22 @@ def measure(name, width, device, repeats, bar):
         row[f"{way}_all_s"] = seconds
         row[f"{way}_peak_gib"] = peak[-1]
         row[f"{way}_before_gib"] = before[0]
-    for way in ways[1:]:
-        row[f"ratio_{way[5:]}"] = row["published_s"] / row[f"{way}_s"]
+        if way != "published" and "published" in ways:
+            row[f"ratio_{way[5:]}"] = row["published_s"] / row[f"{way}_s"]
     return row
 
 
 def table(rows):
-    """The rows as a Markdown table."""
-    lines = ["| row | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 | peak GiB |"]
+    """The rows as a Markdown table. Memory: GiB before the work and at its height, of each way."""
+    lines = ["| row | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 | memory |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [seconds(row[f"{way}_s"]) for way in WAYS]
         cells += [f"{row[r]:.2f}" if row[r] else "" for r in ("ratio_fp32", "ratio_bf16")]
-        peaks = [row.get(f"{way}_peak_gib") for way in WAYS]
-        cells.append(" / ".join(f"{peak:.2f}" for peak in peaks if peak))
+        memory = [
+            (row[f"{way}_before_gib"], row[f"{way}_peak_gib"]) for way in ways_of(row["name"])
+        ]
+        cells.append(", ".join(f"{before:.1f}-{peak:.1f}" for before, peak in memory))
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -352,23 +370,26 @@ def main(argv=None):
     flag("--device", default="auto", help="as in the scripts (default auto)")
     flag("--width", type=utils.whole(1), default=64, metavar="N", help="default %(default)s")
     flag("--out", metavar="FILE", help="write the figures there as JSON")
-    flag("--rows", metavar="A,B,..", help=f"default: {','.join([*ROWS, *GROWTH])}")
+    flag("--rows", metavar="A,B,..", help=f"default: {','.join(ROWS)}")
     flag("--repeats", type=utils.whole(1), default=3, metavar="N", help="default %(default)s")
     args = parser.parse_args(argv)
-    names = args.rows.split(",") if args.rows else [*ROWS, *GROWTH]
+    names = args.rows.split(",") if args.rows else list(ROWS)
     for name in names:
-        if name not in ROWS and name not in GROWTH:
+        if name not in ROWS:
             raise utils.Refusal(f"--rows {name}: unknown, give some of {', '.join(ROWS)}")
     device = utils.pick_device(args.device)
     results = {
         "device": utils.device_name(device),
         "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
         "threads": torch.get_num_threads(),
         "width": args.width,
         "rows": [],
     }
-    print(f"{results['device']}, {results['threads']} CPU threads, PyTorch {torch.__version__}")
-    turns = sum(2 if n.split("_")[0] in IN_FP32_ALONE else 3 for n in names) * (args.repeats + 1)
+    cpu = results["cpu"] + (" with AMX" if results["amx"] else "")
+    print(f"{results['device']}, {cpu}, {results['threads']} threads, PyTorch {torch.__version__}")
+    turns = sum(len(ways_of(name)) for name in names) * args.repeats
     with tqdm(total=turns, disable=None, leave=False) as bar:
         for name in names:
             results["rows"].append(measure(name, args.width, device, args.repeats, bar))
