@@ -332,7 +332,7 @@ def measure(name, width, device, repeats, bar):
         pipes[way].send(False)
     for process in processes:
         process.join()
-    row = {"name": name}
+    row = {"name": name, "ways": ways}
     row |= {f"{way}_s": None for way in WAYS} | {"ratio_fp32": None, "ratio_bf16": None}
     for way in ways:
         seconds, before, peak = zip(*figures[way])
@@ -352,10 +352,8 @@ def table(rows):
     for row in rows:
         cells = [seconds(row[f"{way}_s"]) for way in WAYS]
         cells += [f"{row[r]:.2f}" if row[r] else "" for r in ("ratio_fp32", "ratio_bf16")]
-        memory = [
-            (row[f"{way}_before_gib"], row[f"{way}_peak_gib"]) for way in ways_of(row["name"])
-        ]
-        cells.append(", ".join(f"{before:.1f}-{peak:.1f}" for before, peak in memory))
+        gib = (f"{row[f'{w}_before_gib']:.1f}-{row[f'{w}_peak_gib']:.1f}" for w in row["ways"])
+        cells.append(", ".join(gib))
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -382,13 +380,12 @@ def main(argv=None):
         "device": utils.device_name(device),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "amx": torch.cpu._is_amx_tile_supported(),
         "threads": torch.get_num_threads(),
         "width": args.width,
         "rows": [],
     }
-    cpu = results["cpu"] + (" with AMX" if results["amx"] else "")
-    print(f"{results['device']}, {cpu}, {results['threads']} threads, PyTorch {torch.__version__}")
+    words = f"{results['device']}, {results['cpu']}, {results['threads']} CPU threads"
+    print(f"{words}, PyTorch {torch.__version__}", flush=True)
     turns = sum(len(ways_of(name)) for name in names) * args.repeats
     with tqdm(total=turns, disable=None, leave=False) as bar:
         for name in names:
