@@ -113,8 +113,8 @@ def normalise(images, data):
     """
     if images.is_floating_point():
         return images.contiguous(memory_format=torch.channels_last)
-    images = images.permute(0, 3, 1, 2)
-    return images.float().div_(255).sub_(data.mean).div_(data.std)
+    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(255).sub_(data.mean).div_(data.std)
 
 
 def draw_views(n, pad, generator):
@@ -125,7 +125,10 @@ def draw_views(n, pad, generator):
 
 
 def augment(images, flip, dy, dx, pad):
-    """Pad by `pad` black pixels, crop back at (dy, dx), flip: uint8 [n,H,W,3] to the same."""
+    """Pad by `pad` black pixels, crop back at (dy, dx), flip: uint8 [n,H,W,3] to the same.
+
+    flip: bool or 0/1 [n]; dy, dx: int64 [n].
+    """
     n, height, width, _ = images.shape
     device = images.device
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
@@ -147,9 +150,9 @@ def one_pass(tensors, size, data, generator, augmented=True):
     n, device = len(images), images.device
     order = torch.randperm(n, generator=generator)
     draws = torch.stack([order, *draw_views(n, data.pad, generator)] if augmented else [order])
-    if device.type == "cuda":
-        draws = draws.pin_memory()  # the copy then waits for nothing
-    for rows, *views in draws.to(device, non_blocking=True).split(size, dim=1):
+    if device.type == "cuda":  # from pinned memory the copy waits for nothing
+        draws = draws.pin_memory().to(device, non_blocking=True)
+    for rows, *views in draws.to(device).split(size, dim=1):
         batch = augment(images[rows], *views, data.pad) if augmented else images[rows]
         yield normalise(batch, data), *(other[rows] for other in others)
 

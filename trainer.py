@@ -90,14 +90,15 @@ def KD_loss(model, k, sub, random, new, old, unlabeled):
     images = x, x_new, x_old, x_unlabeled
     sizes = [len(each) for each in images]
     features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
-    features, of_new, of_old, of_unlabeled = features.split(sizes)
-    loss = F.cross_entropy(model.logits(features, k, main_fc=False), y)
+    of_random, of_new, of_old, of_unlabeled = features.split(sizes)
+    loss = F.cross_entropy(model.logits(of_random, k, main_fc=False), y)
     loss = loss + distillation(model.logits(of_unlabeled, k - 1, main_fc=False), stored)
     a, b = sub // k / sub, sub * (k - 1) // k / sub
     balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
     balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
-    kept = distillation(model.logits(of_unlabeled, k - 1, main_fc=True), stored_main)
-    return loss + 0.5 * (balanced + kept)
+    unlabeled_main = model.logits(of_unlabeled, k - 1, main_fc=True)
+    balanced = balanced + distillation(unlabeled_main, stored_main)
+    return loss + 0.5 * balanced
 
 
 # ------------------------------------------------------------------------------ an epoch

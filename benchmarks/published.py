@@ -23,10 +23,10 @@ def plain(model):
 
 
 class Images(Dataset):
-    """Labeled images, uint8 [n,H,W,3] (NumPy), through PIL."""
+    """Labeled images through PIL: uint8 [n,H,W,3] and int64 [n], tensors on the CPU."""
 
     def __init__(self, images, labels, data, augmented):
-        self.images, self.labels = images.numpy(), labels
+        self.images, self.labels = images.numpy(), labels.tolist()
         views = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=data.pad)]
         mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
         self.transform = transforms.Compose(
@@ -131,7 +131,10 @@ def validate(model, images, k, batch_size, device):
 
 
 def query(exemplars, pool, num):
-    """Each exemplar in turn takes its `num` nearest pool rows not yet taken: int64 [m*num]."""
+    """Each exemplar in turn takes its `num` nearest pool rows not yet taken: int64 [m*num].
+
+    How the published code searches is not known here; this is the plain way to write it.
+    """
     taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     selected = []
     for exemplar in exemplars:

@@ -38,10 +38,8 @@ def assert_same_state(ours, plain):
 
 
 def test_plain_has_the_published_strides(pair):
-    for name, stride in (("layer1", None), ("layer2", 2), ("layer3", 2), ("layer4", 2)):
-        block = getattr(pair[1], name)[0]
-        if stride:
-            assert block.shortcut[0].stride == (stride, stride) and block.stride == 1
+    for layer in (pair[1].layer2, pair[1].layer3, pair[1].layer4):
+        assert layer[0].shortcut[0].stride == (2, 2) and layer[0].stride == 1
     assert pair[0].layer2[0].shortcut[0].stride == (1, 1)
 
 
@@ -90,11 +88,41 @@ def test_validation(args, data):
 
 
 def test_published_images(data):
-    """Without views they are ours; with views they are 32x32 crops of the padded image."""
+    """Without views they are ours, normalised."""
     images, labels = data.of_tasks(data.val, 1, 1)
     plain = published.Images(images, labels, data, augmented=False)
     x = torch.stack([plain[i][0] for i in range(len(plain))])
     torch.testing.assert_close(x, dataset.normalise(images, data), rtol=0, atol=1e-6)
+
+
+def test_an_epoch_as_published(args, data, monkeypatch):
+    """Its four sub-batches hold what they should, and the short ones begin anew."""
+    t, sub, seen = 3, 6, []
+    step = published.kd_step
+
+    def watched(model, optimizer, k, sub, *batches):
+        seen.append([len(batch[0]) for batch in batches])
+        new, old = batches[1][1], batches[2][1]
+        assert set(new.tolist()) <= {4, 5} and set(old.tolist()) <= {0, 1, 2, 3}
+        return step(model, optimizer, k, sub, *batches)
+
+    monkeypatch.setattr(published, "kd_step", watched)
+    model = published.plain(trainer.make_model(args, torch.device("cpu")))
+    optimizer = trainer.make_optimizer(model, args, 0.01)
+    task = trainer.make_task(data, t, None)
+    parts = [published.Images(*part, data, True) for part in (task.random, task.new, task.old)]
+    for part in parts:  # the tests' images are smaller than CIFAR-10's
+        part.transform.transforms[1].size = (16, 16)
+    queried = published.Queried(torch.randn(9, 3, 16, 16), *torch.randn(2, 9, 4))
+    cpu = torch.device("cpu")
+    losses = list(published.kd_epoch(model, optimizer, t, sub, *parts, queried, cpu))
+    random = len(task.random[0])
+    assert len(losses) == -(-random // sub)
+    assert [sizes[0] for sizes in seen] == [sub] * (random // sub) + [random % sub] * (
+        random % sub > 0
+    )
+    assert {sizes[1] for sizes in seen} <= {2, len(task.new[0]) % 2 or 2}
+    assert [sizes[3] for sizes in seen[:3]] == [6, 3, 6]
 
 
 def test_an_epoch_is_estimated_from_a_part_of_it(monkeypatch):

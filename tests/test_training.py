@@ -583,7 +583,7 @@ def test_what_is_normalised_has_its_channels_last_in_memory(data, n):
 @pytest.mark.parametrize("t", [1, 2])
 def test_batches_reach_the_network_with_their_channels_last(args, data, t, published):
     """published: the stored images are float32, normalised, and their channels come first."""
-    unlabeled = noise(9, 3)
+    unlabeled = noise(9, 3).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # as stored
     if published:
         unlabeled = reference.normalise(unlabeled, [0.5] * 3, [0.25] * 3).float()
     task = trainer.make_task(data, t, (unlabeled, torch.zeros(9, 2), torch.zeros(9, 2)))

@@ -1,0 +1,85 @@
+"""Does bf16 cost accuracy? Runs of main_TD.py in both precisions, a few seeds each, side by side.
+
+    F="--data data/small --width 16 --epochs 20 --decreasing_lr 12,16 --lr 0.05 --batch_size 64"
+    for s in 0 1 2; do for p in fp32 bf16; do
+        python main_TD.py $F --iter_epochs 2 --seed $s --precision $p --save_dir runs/$p-$s
+    done; done
+    python benchmarks/precision.py runs/fp32-* runs/bf16-*
+
+Prints accuracies by precision, and how far the final masks overlap (intersection over union, in
+percent): of the same seed in both precisions, and of two seeds in one.
+"""
+
+import json
+import statistics
+import sys
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pruning_utils
+import utils
+
+
+def overlap(masks, others):
+    """Weights that remain in both, in percent of those that remain in either."""
+    both = sum(int((masks[name] * others[name]).sum()) for name in masks)
+    either = sum(int((masks[name] + others[name]).count_nonzero()) for name in masks)
+    return 100 * both / either
+
+
+def read(folder):
+    """What is compared of a finished run of main_TD.py. Raises Refusal where it is none."""
+    try:
+        results = json.loads((Path(folder) / "results.json").read_text())
+        config, last = results["config"], results["states"][-1]
+        average = results["average_incremental_accuracy"]
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        words = f"{folder}: holds no finished run of main_TD.py ({utils.first_line(error)})"
+        raise utils.Refusal(words) from None
+    masks = pruning_utils.load_masks(Path(folder) / f"task{last['state']}_best_model.pt")
+    return {
+        "precision": config["precision"],
+        "seed": config["seed"],
+        "accuracies": [row["mean"] for row in results["states"]],
+        "average": average,
+        "masks": masks,
+    }
+
+
+def spread(figures):
+    sd = f" ± {statistics.stdev(figures):.1f}" if len(figures) > 1 else ""
+    return f"{statistics.mean(figures):.1f}{sd}"
+
+
+def main(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of main_TD.py")
+    runs = [read(folder) for folder in parser.parse_args(argv).runs]
+    kinds = sorted({run["precision"] for run in runs}, reverse=True)
+    for kind in kinds:
+        own = [run for run in runs if run["precision"] == kind]
+        states = " | ".join(spread(column) for column in zip(*(run["accuracies"] for run in own)))
+        average = spread([run["average"] for run in own])
+        print(f"{kind}, {len(own)} seeds: mean accuracy by state {states}; average {average}")
+        for run in own:
+            print(f"  seed {run['seed']}: " + " ".join(f"{a:.1f}" for a in run["accuracies"]))
+    for kind in kinds:
+        pairs = combinations([run for run in runs if run["precision"] == kind], 2)
+        tell(f"two seeds in {kind}", pairs)
+    tell(
+        "one seed in both",
+        [(a, b) for a, b in combinations(runs, 2) if a["seed"] == b["seed"]],
+    )
+
+
+def tell(words, pairs):
+    figures = [overlap(a["masks"], b["masks"]) for a, b in pairs]
+    if figures:
+        listed = ", ".join(f"{figure:.2f}" for figure in figures)
+        print(f"overlap of the final masks, {words}: {listed} %")
+
+
+if __name__ == "__main__":
+    utils.run(main)
