@@ -12,9 +12,11 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
+import utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
+import precision
 import published
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -152,3 +154,22 @@ def test_benchmark_from_the_command_line(tmp_path, capsys):
         assert steps[f"ratio_{kind}"] == steps["published_s"] / steps[f"ours_{kind}_s"] > 0
     assert prunings["ours_bf16_s"] is prunings["ratio_bf16"] is None
     assert "| kd_step |" in capsys.readouterr().out
+
+
+def test_overlap_and_comparison_of_runs(tmp_path, capsys):
+    """Two runs that share a part of their masks; a folder that is no run."""
+    for kind, share in (("fp32", [1, 1, 1, 0]), ("bf16", [0, 1, 1, 1])):
+        folder = tmp_path / kind
+        pruning_utils.save_masks(folder / "task2_best_model.pt", {"conv1": torch.tensor(share)})
+        results = {
+            "config": {"precision": kind, "seed": 0},
+            "states": [{"state": 1, "mean": 90.0}, {"state": 2, "mean": 70.0}],
+            "average_incremental_accuracy": 80.0,
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+    precision.main([str(tmp_path / "fp32"), str(tmp_path / "bf16")])
+    said = capsys.readouterr().out
+    assert "one seed in both: 50.00 %" in said  # 2 in both of 4 in either
+    assert "fp32, 1 seed(s): mean accuracy by state 90.0 | 70.0; average 80.0" in said
+    with pytest.raises(utils.Refusal, match="no finished run"):
+        precision.main([str(tmp_path)])
