@@ -108,10 +108,10 @@ def synchronise(device):
         torch.accelerator.synchronize(device)
 
 
-def timed_step(device, step):
-    """The seconds of the second of two steps: after waiting for its turn, a process is slow."""
+def timed_step(device, steps, step):
+    """The mean seconds of all `steps` steps but the first: after its wait, a process is slow."""
     step()
-    return timed(device, step)
+    return timed(device, lambda: [step() for _ in range(steps - 1)]) / (steps - 1)
 
 
 # ------------------------------------------------------------------------------ the rows
@@ -127,9 +127,9 @@ def task1_step(way, width, device):
     x, y = dataset.normalise(images[: args.batch_size], data), y[: args.batch_size]
     if way == "published":
         x = x.contiguous()
-        return lambda: timed_step(device, lambda: published.task1_step(model, optimizer, x, y))
+        return lambda: timed_step(device, 3, lambda: published.task1_step(model, optimizer, x, y))
     return lambda: timed_step(
-        device, lambda: trainer.descend(trainer.task1_loss(model, x, y), optimizer)
+        device, 3, lambda: trainer.descend(trainer.task1_loss(model, x, y), optimizer)
     )
 
 
@@ -147,10 +147,10 @@ def kd_step(way, width, device, t=3):
     if way == "published":
         batches = [[tensor.contiguous() for tensor in batch] for batch in batches]
         return lambda: timed_step(
-            device, lambda: published.kd_step(model, optimizer, t, sub, *batches)
+            device, 6, lambda: published.kd_step(model, optimizer, t, sub, *batches)
         )
     return lambda: timed_step(
-        device, lambda: trainer.descend(trainer.KD_loss(model, t, sub, *batches), optimizer)
+        device, 6, lambda: trainer.descend(trainer.KD_loss(model, t, sub, *batches), optimizer)
     )
 
 
