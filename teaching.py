@@ -36,14 +36,18 @@ def query(exemplars, pool, num):
     norms = squares.sqrt()
     rounding = pool.shape[1] * torch.finfo(pool.dtype).eps
     at_once = max(1, DISTANCES_AT_ONCE // len(pool))
-    selected, left = [], len(pool)
+    # both are made once: large pieces that come and go between small ones would fragment memory
+    block = pool.new_empty(min(at_once, len(exemplars)), len(pool))
+    selected = taken.new_empty(min(num * len(exemplars), len(pool)), dtype=torch.long)
+    done = 0
     for place, exemplar in enumerate(tqdm(exemplars, "query", disable=None, leave=False)):
-        wanted = min(num, left)
+        wanted = min(num, len(selected) - done)
         if not wanted:
             break
         if place % at_once == 0:
             # |e-p|^2 less |e|^2, which is the same for all p
-            block = torch.addmm(squares, exemplars[place : place + at_once], pool.T, alpha=-2)
+            some = exemplars[place : place + at_once]
+            torch.addmm(squares, some, pool.T, alpha=-2, out=block[: len(some)])
         row = block[place % at_once].masked_fill_(taken, torch.inf)
         # The product is rounded, by `error` at most: all that it cannot tell from the nearest
         # are compared once more, by their differences.
@@ -52,9 +56,9 @@ def query(exemplars, pool, num):
         distances = (pool[near] - exemplar).square().sum(1)
         nearest = near[distances.sort(stable=True).indices[:wanted]]
         taken[nearest] = True
-        selected.append(nearest)
-        left -= wanted
-    return torch.cat(selected)
+        selected[done : done + wanted] = nearest
+        done += wanted
+    return selected
 
 
 def teach(model, data, args, t):
