@@ -98,12 +98,14 @@ def test_blocks_of_distances_change_nothing(monkeypatch, at_once):
 
 
 def test_all_distances_never_exist_at_once(monkeypatch):
-    sizes = []
+    sizes, blocks = [], set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             sizes.extend(t.numel() for t in (result,) if isinstance(t, torch.Tensor))
+            if "addmm" in str(func):
+                blocks.add(result.data_ptr())
             return result
 
     monkeypatch.setattr(teaching, "DISTANCES_AT_ONCE", 500)
@@ -111,6 +113,7 @@ def test_all_distances_never_exist_at_once(monkeypatch):
     with Watch():
         teaching.query(exemplars, pool, 1)
     assert sizes and max(sizes) <= 500
+    assert len(blocks) == 1  # a new one each time would fragment memory
 
 
 def test_features_far_from_zero_cost_no_digits():
