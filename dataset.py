@@ -109,7 +109,7 @@ class Data:
 def normalise(images, data):
     """uint8 [n,H,W,3] to float32 [n,3,H,W], normalised; what is float already is so.
 
-    In memory the channels come last, where convolutions are fastest on CPUs and on GPUs.
+    In memory the channels come last, where convolutions on a CPU are fastest.
     """
     if images.is_floating_point():
         return images.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,6 @@ percent): of the same seed in both precisions, and of two seeds in one. The READ
 of these runs, with 10,000 of the CIFAR-100 training images as pool.npy.
 """
 
-import json
 import statistics
 import sys
 from itertools import combinations
@@ -22,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pruning_utils
+import report
 import utils
 
 
@@ -34,19 +34,16 @@ def overlap(masks, others):
 
 def read(folder):
     """What is compared of a finished run of main_TD.py. Raises Refusal where it is none."""
-    try:
-        results = json.loads((Path(folder) / "results.json").read_text())
-        config, last = results["config"], results["states"][-1]
-        average = results["average_incremental_accuracy"]
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        words = f"{folder}: holds no finished run of main_TD.py ({utils.first_line(error)})"
-        raise utils.Refusal(words) from None
+    results = report.read(folder)[0]
+    if results["script"] != "main_TD" or "average_incremental_accuracy" not in results:
+        raise utils.Refusal(f"{folder}: holds no finished run of main_TD.py, give one")
+    config, last = results["config"], results["states"][-1]
     masks = pruning_utils.load_masks(Path(folder) / f"task{last['state']}_best_model.pt")
     return {
         "precision": config["precision"],
         "seed": config["seed"],
         "accuracies": [row["mean"] for row in results["states"]],
-        "average": average,
+        "average": results["average_incremental_accuracy"],
         "masks": masks,
     }
 

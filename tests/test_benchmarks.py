@@ -162,8 +162,18 @@ def test_overlap_and_comparison_of_runs(tmp_path, capsys):
         folder = tmp_path / kind
         pruning_utils.save_masks(folder / "task2_best_model.pt", {"conv1": torch.tensor(share)})
         results = {
-            "config": {"precision": kind, "seed": 0},
-            "states": [{"state": 1, "mean": 90.0}, {"state": 2, "mean": 70.0}],
+            "script": "main_TD",
+            "config": {
+                "precision": kind,
+                "seed": 0,
+                "dataset": "digits",
+                "width": 1,
+                "classifiers": 1,
+            },
+            "states": [
+                {"state": t, "accuracy": [mean] * t, "mean": mean, "density": 50.0}
+                for t, mean in ((1, 90.0), (2, 70.0))
+            ],
             "average_incremental_accuracy": 80.0,
         }
         (folder / "results.json").write_text(json.dumps(results))
@@ -171,5 +181,9 @@ def test_overlap_and_comparison_of_runs(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "one seed in both: 50.00 %" in said  # 2 in both of 4 in either
     assert "fp32, 1 seed(s): mean accuracy by state 90.0 | 70.0; average 80.0" in said
-    with pytest.raises(utils.Refusal, match="no finished run"):
+    with pytest.raises(utils.Refusal, match="no results.json"):
         precision.main([str(tmp_path)])
+    del results["average_incremental_accuracy"]
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(utils.Refusal, match="no finished run"):
+        precision.main([str(folder)])
