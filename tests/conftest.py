@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import processes
+
 from dataset import Data
 
 
@@ -58,3 +60,11 @@ def data():
         std=torch.full((3, 1, 1), 0.25),
         pad=4,
     )
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """Runs scripts in processes of their own, see processes.py."""
+    server = processes.Server()
+    yield server
+    server.close()
