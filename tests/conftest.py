@@ -2,10 +2,9 @@
 
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
-
-import processes
 
 from dataset import Data
 

@@ -40,7 +40,7 @@ class Server:
 
         limit: the most bytes that a file may have (stands in for a full disk).
         """
-        self.texts = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]
+        self.texts = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         out, err = (file.name for file in self.texts)
         order = {"argv": list(map(str, argv)), "cwd": str(cwd), "out": out, "err": err}
         self.process.stdin.write(json.dumps(order | {"limit": limit}) + "\n")
