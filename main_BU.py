@@ -9,13 +9,11 @@ dense, and once more under the current mask; if the mask costs too much, prune t
 it until those that are needed are left, and add them. The tickets are retrained by main_train.py.
 """
 
-import time
-from pathlib import Path
-
 import dataset
 import pruning_utils
 import teaching
 import utils
+from run import Run
 from trainer import make_model, retrain, test, train_task
 from utils import Refusal
 
@@ -65,17 +63,17 @@ def parse(argv):
     return args
 
 
-def find_ticket(model, task, data, args, part, dense_accuracy):
+def find_ticket(model, task, data, run, part, dense_accuracy):
     """Task 1's ticket: prune and retrain, round after round, until the accuracy has decayed.
 
     model: task 1's dense best model. Returns the masks, the state retrained under them, and the
     rounds as dicts. Raises Refusal when the first round is one too many already.
     """
-    masks, state, rounds = pruning_utils.masks_of(model), None, []
+    args, masks, state, rounds = run.args, pruning_utils.masks_of(model), None, []
     for _ in range(args.max_iter_prun):
         pruned = pruning_utils.prune(pruning_utils.weights(model), masks, args.percent)
         sparsity = 100 - pruning_utils.density(pruned)
-        decay = run_round(model, task, data, args, part, dense_accuracy, pruned, rounds)
+        decay = run_round(model, task, data, run, part, dense_accuracy, pruned, rounds)
         if decay >= args.deacc and sparsity >= args.base_sparsity:
             break  # the mask of one pruning fewer is the ticket
         masks, state = pruned, pruning_utils.clone_state(model)
@@ -88,19 +86,20 @@ def find_ticket(model, task, data, args, part, dense_accuracy):
     return masks, state, rounds
 
 
-def regrow(model, task, data, args, part, dense_accuracy, current):
+def regrow(model, task, data, run, part, dense_accuracy, current):
     """A larger ticket for task t: prune the weights outside `current` until too few are left.
 
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
     """
-    masks, state, rounds, decay = pruning_utils.masks_of(model), None, [], None
+    args, masks = run.args, pruning_utils.masks_of(model)
+    state, rounds, decay = None, [], None
     for _ in range(args.max_iter_prun):
         weights = pruning_utils.weights(model)
         pruned = pruning_utils.prune(weights, masks, args.percent, kept=current)
         sparsity = 100 - pruning_utils.density(pruned)
         if state and decay >= args.deacc and sparsity >= args.base_sparsity:
             break  # this pruning is undone
-        decay = run_round(model, task, data, args, part, dense_accuracy, pruned, rounds)
+        decay = run_round(model, task, data, run, part, dense_accuracy, pruned, rounds)
         too_few = decay > args.deacc and sparsity > args.base_sparsity
         if not too_few or not state:
             masks, state = pruned, pruning_utils.clone_state(model)
@@ -109,7 +108,7 @@ def regrow(model, task, data, args, part, dense_accuracy, current):
     return masks, state, rounds
 
 
-def run_round(model, task, data, args, part, dense_accuracy, masks, rounds):
+def run_round(model, task, data, run, part, dense_accuracy, masks, rounds):
     """Retrain under masks, with a new optimizer; add the round to `rounds`, return the decay.
 
     The model goes on from where it is. The decay is what is lost of `dense_accuracy` (percent) on
@@ -117,15 +116,36 @@ def run_round(model, task, data, args, part, dense_accuracy, masks, rounds):
     """
     pruning_utils.apply_mask(model, masks)
     step = f"task{task.t}_round{len(rounds) + 1}"
-    accuracy = retrain(model, task, data, args, step, part=part).best
+    accuracy = retrain(model, task, data, run, step, part=part).best
     decay, density = dense_accuracy - accuracy, pruning_utils.density(masks)
     rounds.append({"density": density, "accuracy": accuracy, "decay": decay})
-    print(
+    run.say(
         f"task {task.t}, pruning {len(rounds)}: {density:.2f} % remain, "
-        f"accuracy {accuracy:.2f} %, decay {decay:.2f}",
-        flush=True,
+        f"accuracy {accuracy:.2f} %, decay {decay:.2f}"
     )
     return decay
+
+
+def take_ticket(run, t, find, *where):
+    """Task t's ticket: what find(*where) finds, stored as files. Returns the masks, the rounds."""
+    step, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
+    if not run.done(step):
+        masks, state, rounds = find(*where)
+        files = [mask, "current_mask.pt"]
+        for name in files:
+            run.keep(name, pruning_utils.save_masks, masks)
+        if rounds:
+            run.keep(weight, utils.save, state)
+            files.append(weight)
+        run.finish(step, *files, rounds=rounds)
+        run.forget(f"task{t}_round")
+        run.say(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
+    return pruning_utils.load_masks(run.path(mask)), run.result(step)["rounds"]
+
+
+def stay(masks):
+    """The ticket where the mask does not cost too much: the same; no state, no rounds."""
+    return masks, None, []
 
 
 def mean(accuracies):
@@ -134,81 +154,74 @@ def mean(accuracies):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args.device, args.gpu)
+    device = utils.pick_device(args.device, args.gpu, args.deterministic)
     data = dataset.load(args, device)
     model = make_model(args, device)
-    record = utils.Record("main_BU", args, data, device)
-    folder, part = Path(args.save_dir), getattr(data, args.select_on)
+    run = Run("main_BU", args, data, device)
+    part = getattr(data, args.select_on)
 
-    def save_ticket(t, masks, state=None):
-        pruning_utils.save_masks(folder / f"mask-{t}.pt", masks)
-        pruning_utils.save_masks(folder / "current_mask.pt", masks)
-        if state:
-            utils.save(folder / f"task{t}_prune_weight.pt", state)
+    def tested(which, t, on="test"):
+        """Accuracies of the model, which is `which`, on the test or val images of tasks 1..t."""
+        return run.once(f"task{t}_{which}_{on}", test, model, getattr(data, on), t, data, args)
 
     # task 1: dense, then its ticket
-    began = time.monotonic()
     task = teaching.taught_task(data, args, 1)
-    dense = train_task(model, task, data, args, "task1")
+    dense = train_task(model, task, data, run, "task1")
     pruning_utils.load_state(model, dense.best_state)
-    dense_accuracy = test(model, data.test, 1, data, args)
-    reference = mean(test(model, part, 1, data, args))
+    dense_accuracy = tested("dense", 1)
+    reference = mean(tested("dense", 1, args.select_on))
     if args.classifiers > 1:
-        teaching.teach(model, data, args, 1)
-    masks, state, rounds = find_ticket(model, task, data, args, part, reference)
-    save_ticket(1, masks, state)
-    print(f"task 1: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-    pruning_utils.load_state(model, state)
-    record.add(
+        teaching.teach(model, data, run, 1)
+    masks, rounds = take_ticket(run, 1, find_ticket, model, task, data, run, part, reference)
+    pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
+    run.add(
         state=1,
-        accuracy=test(model, data.test, 1, data, args),
+        accuracy=tested("ticket", 1),
         density=pruning_utils.density(masks),
         ticket_density=pruning_utils.density(masks),
         dense_accuracy=dense_accuracy,
         dense_training=dense.words(),
         rounds=rounds,
-        seconds=time.monotonic() - began,
     )
 
     for t in range(2, args.classifiers + 1):
-        began, start, tested = time.monotonic(), dense.best_state, pruning_utils.density(masks)
+        start, density = dense.best_state, pruning_utils.density(masks)
         task = teaching.taught_task(data, args, t)
         # from the dense best model of t-1, once dense and once under the mask
         pruning_utils.load_state(model, start)
-        dense = train_task(model, task, data, args, f"task{t}")
+        dense = train_task(model, task, data, run, f"task{t}")
         pruning_utils.load_state(model, start, masks)
         files = f"task{t}_prun_checkpoint.pt", f"task{t}_best_prun_model.pt"
-        masked = train_task(model, task, data, args, f"task{t}_prun", *files)
+        masked = train_task(model, task, data, run, f"task{t}_prun", *files)
         pruning_utils.load_state(model, masked.best_state)
-        accuracy = test(model, data.test, t, data, args)
-        masked_mean = mean(test(model, part, t, data, args))
+        accuracy = tested("prun", t)
+        masked_mean = mean(tested("prun", t, args.select_on))
         pruning_utils.load_state(model, dense.best_state)
-        dense_accuracy = test(model, data.test, t, data, args)
-        dense_mean = mean(test(model, part, t, data, args))
+        dense_accuracy = tested("dense", t)
+        dense_mean = mean(tested("dense", t, args.select_on))
         if t < args.classifiers:
-            teaching.teach(model, data, args, t)
+            teaching.teach(model, data, run, t)
         # re-grow where the mask costs too much
-        state, rounds = None, []
         cost = dense_mean - masked_mean
         verdict = "re-grows" if cost >= args.accept_decay else "stays"
-        print(f"task {t}: the mask costs {cost:.2f} points, so it {verdict}", flush=True)
+        run.say(f"task {t}: the mask costs {cost:.2f} points, so it {verdict}")
         if cost >= args.accept_decay:
-            masks, state, rounds = regrow(model, task, data, args, part, dense_mean, masks)
-        save_ticket(t, masks, state)
-        print(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-        record.add(
+            ticket = regrow, model, task, data, run, part, dense_mean, masks
+        else:
+            ticket = stay, masks
+        masks, rounds = take_ticket(run, t, *ticket)
+        run.add(
             state=t,
             accuracy=accuracy,
-            density=tested,
+            density=density,
             ticket_density=pruning_utils.density(masks),
             dense_accuracy=dense_accuracy,
             training=masked.words(),
             dense_training=dense.words(),
             regrown=bool(rounds),
             rounds=rounds,
-            seconds=time.monotonic() - began,
         )
-    return record.close([row["accuracy"] for row in record.results["states"]])
+    return run.close([row["accuracy"] for row in run.results["states"]])
 
 
 if __name__ == "__main__":

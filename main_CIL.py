@@ -6,12 +6,11 @@
 Each task goes on from the best model of the one before; all tests are of best models.
 """
 
-import time
-
 import dataset
 import pruning_utils
 import teaching
 import utils
+from run import Run
 from trainer import make_model, test, train_task
 
 
@@ -19,25 +18,23 @@ def main(argv=None):
     args = utils.make_parser(__doc__, "<dataset>_cil").parse_args(argv)
     dataset.complete(args)
     utils.settle(args, "{}_cil")
-    device = utils.pick_device(args.device, args.gpu)
+    device = utils.pick_device(args.device, args.gpu, args.deterministic)
     data = dataset.load(args, device)
     model = make_model(args, device)
-    record = utils.Record("main_CIL", args, data, device)
+    run = Run("main_CIL", args, data, device)
     for t in range(1, args.classifiers + 1):
-        began = time.monotonic()
         task = teaching.taught_task(data, args, t)
-        trained = train_task(model, task, data, args, f"task{t}")
+        trained = train_task(model, task, data, run, f"task{t}")
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:
-            teaching.teach(model, data, args, t)
-        record.add(
+            teaching.teach(model, data, run, t)
+        run.add(
             state=t,
-            accuracy=test(model, data.test, t, data, args),
+            accuracy=run.once(f"task{t}_test", test, model, data.test, t, data, args),
             density=100.0,
             training=trained.words(),
-            seconds=time.monotonic() - began,
         )
-    return record.close([row["accuracy"] for row in record.results["states"]])
+    return run.close([row["accuracy"] for row in run.results["states"]])
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ last one, rewind the weights that are left, and train the next task under the ma
 is trained once more in the end: the model of "task T+1" is the result.
 """
 
-import time
-from pathlib import Path
-
 import dataset
 import pruning_utils
 import teaching
 import utils
+from run import Run
 from trainer import make_model, make_optimizer, retrain, test, train_task
 from utils import Refusal
 
@@ -57,8 +55,9 @@ def parse(argv):
     return args
 
 
-def prune_state(model, task, data, args):
+def prune_state(model, task, data, run):
     """The prunings of task t's state, with retraining between them but not after the last one."""
+    args = run.args
     prunings = args.prune_scheduler[task.t - 1]
     optimizer = make_optimizer(model, args, args.lr / 100)  # one for the state, momentum kept
     for number in range(1, prunings + 1):
@@ -66,9 +65,9 @@ def prune_state(model, task, data, args):
             pruning_utils.weights(model), pruning_utils.masks_of(model), args.percent
         )
         pruning_utils.apply_mask(model, masks)
-        print(f"task {task.t}: pruning {number}, {pruning_utils.density(masks):.2f} % remain")
+        run.say(f"task {task.t}: pruning {number}, {pruning_utils.density(masks):.2f} % remain")
         if number < prunings:
-            retrain(model, task, data, args, f"task{task.t}_prune{number}", optimizer)
+            retrain(model, task, data, run, f"task{task.t}_prune{number}", optimizer)
 
 
 def rewind(model, t, initial, best, args, device):
@@ -84,53 +83,57 @@ def rewind(model, t, initial, best, args, device):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args.device, args.gpu)
+    device = utils.pick_device(args.device, args.gpu, args.deterministic)
     data = dataset.load(args, device)
     model = make_model(args, device)
-    record = utils.Record("main_TD", args, data, device)
+    run = Run("main_TD", args, data, device)
     tasks = args.classifiers
 
     initial = pruning_utils.clone_state(model)
-    utils.save(Path(args.save_dir) / "task0_checkpoint_weight.pt", initial)
-    began = time.monotonic()
+    if not run.done("initialisation"):
+        run.keep("task0_checkpoint_weight.pt", utils.save, initial)
+        run.finish("initialisation", "task0_checkpoint_weight.pt")
     task = teaching.taught_task(data, args, 1)
-    trained = train_task(model, task, data, args, "task1")
+    trained = train_task(model, task, data, run, "task1")
     for t in range(1, tasks + 1):
         # 1. the best model of task t: how good it is, and what it teaches
         last = pruning_utils.clone_state(model)
         pruning_utils.load_state(model, trained.best_state)
-        accuracy = test(model, data.test, t, data, args)
+        accuracy = run.once(f"task{t}_test", test, model, data.test, t, data, args)
         tested = pruning_utils.density(pruning_utils.masks_of(model))
         if t < tasks:
-            teaching.teach(model, data, args, t)
-        # 2. the last one: prune it, as often as the curriculum says
-        pruning_utils.load_state(model, last)
-        prune_state(model, task, data, args)
-        # 3. rewind: this is the ticket for the next task
-        rewind(model, t, initial, trained.best_state, args, device)
-        record.add(
+            teaching.teach(model, data, run, t)
+        ticket = f"task{t}_ticket"
+        if not run.done(ticket):
+            # 2. the last one: prune it, as often as the curriculum says
+            pruning_utils.load_state(model, last)
+            prune_state(model, task, data, run)
+            # 3. rewind: this is the ticket for the next task
+            rewind(model, t, initial, trained.best_state, args, device)
+            run.keep(f"{ticket}.pt", utils.save, model.state_dict())
+            run.finish(ticket, f"{ticket}.pt")
+            run.forget(f"task{t}_prune")
+        pruning_utils.load_state(model, run.load(f"{ticket}.pt"))
+        run.add(
             state=t,
             accuracy=accuracy,
             density=tested,
             ticket_density=pruning_utils.density(pruning_utils.masks_of(model)),
             training=trained.words(),
-            seconds=time.monotonic() - began,
         )
         # 4. train the next task; after the last one, that one once more
-        began, number = time.monotonic(), min(t + 1, tasks)
-        task = teaching.taught_task(data, args, number)
-        trained = train_task(model, task, data, args, f"task{t + 1}")
+        task = teaching.taught_task(data, args, min(t + 1, tasks))
+        trained = train_task(model, task, data, run, f"task{t + 1}")
     pruning_utils.load_state(model, trained.best_state)
-    record.add(
+    run.add(
         state=tasks + 1,
-        accuracy=test(model, data.test, tasks, data, args),
+        accuracy=run.once("result_test", test, model, data.test, tasks, data, args),
         density=pruning_utils.density(pruning_utils.masks_of(model)),
         training=trained.words(),
-        seconds=time.monotonic() - began,
     )
     # task T's row is that of the result, the model of "task T+1"
-    rows = [row["accuracy"] for row in record.results["states"]]
-    return record.close(rows[: tasks - 1] + rows[tasks:])
+    rows = [row["accuracy"] for row in run.results["states"]]
+    return run.close(rows[: tasks - 1] + rows[tasks:])
 
 
 if __name__ == "__main__":

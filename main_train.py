@@ -7,12 +7,11 @@ That is the paper's task-rewound bottom-up ticket ("TR-BU") of task 3: its mask 
 weights of task 2. The soft labels of task t-1 are those of a finished run (--save_data_path).
 """
 
-import time
-
 import dataset
 import pruning_utils
 import teaching
 import utils
+from run import Run
 from trainer import make_model, test, train_task
 
 
@@ -35,8 +34,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    t, began = args.state, time.monotonic()
-    device = utils.pick_device(args.device, args.gpu)
+    t = args.state
+    device = utils.pick_device(args.device, args.gpu, args.deterministic)
     weights, masks = utils.read_state(args.weight), pruning_utils.load_masks(args.mask)
     model = make_model(args, device)
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
@@ -44,17 +43,19 @@ def main(argv=None):
     pruning_utils.apply_mask(model, masks)
     data = dataset.load(args, device)
     task = teaching.taught_task(data, args, t)
-    record = utils.Record("main_train", args, data, device, f"retrain_task{t}_")
-    trained = train_task(model, task, data, args, f"retrain_task{t}")
+    inputs = {"--weight": args.weight, "--mask": args.mask}
+    inputs |= {path.name: path for path in teaching.lesson_files(args, t)}
+    checksums = {flag: utils.file_checksum(path) for flag, path in inputs.items()}
+    run = Run("main_train", args, data, device, f"retrain_task{t}_", checksums)
+    trained = train_task(model, task, data, run, f"retrain_task{t}")
     pruning_utils.load_state(model, trained.best_state)
-    record.add(
+    run.add(
         state=t,
-        accuracy=test(model, data.test, t, data, args),
+        accuracy=run.once("test", test, model, data.test, t, data, args),
         density=pruning_utils.density(masks),
         training=trained.words(),
-        seconds=time.monotonic() - began,
     )
-    return record.close()
+    return run.close()
 
 
 if __name__ == "__main__":

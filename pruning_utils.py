@@ -51,7 +51,7 @@ def prune(weights, masks, percent, kept=None):
     magnitude.masked_fill_(~ranked, torch.inf)
     count = round(percent * int(ranked.count_nonzero()))
     if count:
-        threshold = magnitude.kthvalue(count).values
+        threshold = utils.kth_smallest(magnitude, count)
         drop = magnitude < threshold
         ties = (magnitude == threshold).nonzero().squeeze(1)
         drop[ties[: count - int(drop.count_nonzero())]] = True
@@ -181,7 +181,7 @@ def rewind(model, state, scope="conv"):
 
 def save_masks(path, masks):
     """Write masks as the published files hold them: '<conv>.weight_mask' -> float32 0/1."""
-    utils.save(path, {name + MASK: mask.float() for name, mask in masks.items()})
+    return utils.save(path, {name + MASK: mask.float() for name, mask in masks.items()})
 
 
 def load_masks(path):

@@ -52,7 +52,7 @@ def query(exemplars, pool, num):
         # The product is rounded, by `error` at most: all that it cannot tell from the nearest
         # are compared once more, by their differences.
         error = rounding * (exemplar.norm() + norms).square()
-        near = (row - error <= (row + error).kthvalue(wanted).values).nonzero().squeeze(1)
+        near = (row - error <= utils.kth_smallest(row + error, wanted)).nonzero().squeeze(1)
         distances = (pool[near] - exemplar).square().sum(1)
         nearest = near[distances.sort(stable=True).indices[:wanted]]
         taken[nearest] = True
@@ -61,11 +61,14 @@ def query(exemplars, pool, num):
     return selected
 
 
-def teach(model, data, args, t):
+def teach(model, data, run, t):
     """Query with the teacher's features of all exemplars so far; store images and logits.
 
-    model: the teacher, task t's model. Writes the four files above.
+    model: the teacher, task t's model. Writes the four files above, once in the life of the run.
     """
+    step, args = f"task{t}_teaching", run.args
+    if run.done(step):
+        return
     exemplars, _ = data.of_tasks(data.exemplars, 1, t)
     wanted = args.unlabel_num * len(exemplars)
     with torch.no_grad():
@@ -91,14 +94,24 @@ def teach(model, data, args, t):
         features = extract(model, images, data, args)
         labels, labels_main = (model.logits(features, t, main_fc) for main_fc in (False, True))
     images = images.permute(0, 3, 1, 2).contiguous()
-    # a task's files belong together: without the images, which come last, they are none
-    folder = Path(args.save_data_path)
-    (folder / f"task{t}_img.npy").unlink(missing_ok=True)
-    utils.save_array(folder / f"task{t}_select_index.npy", selected.cpu().numpy())
-    utils.save_array(folder / f"task{t}_dis_label.npy", labels.float().cpu().numpy())
-    utils.save_array(folder / f"task{t}_dis_label_main.npy", labels_main.float().cpu().numpy())
-    utils.save_array(folder / f"task{t}_img.npy", images.cpu().numpy())
-    return selected
+    files = {
+        "select_index": selected,
+        "dis_label": labels.float(),
+        "dis_label_main": labels_main.float(),
+        "img": images,
+    }
+    names = {name: f"data/task{t}_{name}.npy" for name in files}
+    # they belong together: without the images, which come last, they are none
+    run.remove(names["img"])
+    for name, tensor in files.items():
+        run.keep(names[name], utils.save_array, tensor.cpu().numpy())
+    run.finish(step, *names.values())
+
+
+def lesson_files(args, t):
+    """Where lesson() finds the images, the logits and logits_main; none for t = 1."""
+    names = ("img", "dis_label", "dis_label_main") if t > 1 else ()
+    return [Path(args.save_data_path) / f"task{t - 1}_{name}.npy" for name in names]
 
 
 def lesson(data, args, t):
@@ -110,10 +123,7 @@ def lesson(data, args, t):
     if t == 1:
         return None
     folder, teacher = Path(args.save_data_path), t - 1
-    images, labels, labels_main = (
-        utils.load_array(folder / f"task{teacher}_{name}.npy")
-        for name in ("img", "dis_label", "dis_label_main")
-    )
+    images, labels, labels_main = map(utils.load_array, lesson_files(args, t))
     shape = (3, *data.pool.shape[1:3])
     kinds = (np.uint8, np.float32)
     if images.dtype not in kinds or images.shape[1:] != shape or not len(images):

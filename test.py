@@ -31,7 +31,7 @@ def parse(argv):
 
 def main(argv=None):
     args, began = parse(argv), time.monotonic()
-    device = utils.pick_device(args.device, args.gpu)
+    device = utils.pick_device(args.device, args.gpu, args.deterministic)
     state = utils.read_state(args.pretrained)
     pruned = bool(pruning_utils.extract_mask(state))
     if pruned != args.pruned:
@@ -41,6 +41,7 @@ def main(argv=None):
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
     data = dataset.load(args, device)
     record = utils.Record("test", args, data, device, f"test_{Path(args.pretrained).stem}_")
+    record.write()  # a folder that cannot be written is told now
     record.add(
         state=args.state,
         accuracy=test(model, data.test, args.state, data, args),

@@ -1,9 +1,9 @@
 """Train one task (METHOD.md section 4): the two steps, the epoch, validation, and the one loop."""
 
 import copy
-import math
 import time
-from pathlib import Path
+from itertools import islice
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dataset
+import pruning_utils
 import utils
 from models import ResNet
 from utils import Refusal
 
-CHECKPOINT_SECONDS = 60  # within a step, the last epoch is stored no more often than this
-WORD_SECONDS = 30  # and without a progress bar, a line is printed no more often than this
+WORD_SECONDS = 30  # without a progress bar, a line is printed no more often than this
 
 
 class Task(NamedTuple):
@@ -109,20 +109,25 @@ def random_batch(args, t):
     return args.batch_size if t == 1 else args.batch_size // 4
 
 
-def train(model, optimizer, task, data, args, step, epoch):
-    """An epoch of task 1: one pass over its images. Yields (loss, number of images) per step."""
+def train(model, optimizer, task, data, args, step, epoch, skip=0):
+    """An epoch of task 1: one pass over its images. Yields (loss, number of images) per step.
+
+    skip: so many steps of it were taken before.
+    """
     model.train()
     generator = utils.stream(args.seed, step, epoch, "random")
-    for x, y in dataset.one_pass(task.random, random_batch(args, 1), data, generator):
+    batches = dataset.one_pass(task.random, random_batch(args, 1), data, generator)
+    for x, y in islice(batches, skip, None):
         loss = task1_loss(model, x, y)
         descend(loss, optimizer)
         yield loss.detach(), len(x)
 
 
-def train_KD(model, optimizer, task, data, args, step, epoch):
+def train_KD(model, optimizer, task, data, args, step, epoch, skip=0):
     """An epoch of task t > 1: one pass of the random batches, the other three as long as it lasts.
 
     Those begin a new pass whenever one ends. Yields (loss, number of images) per step.
+    skip: so many steps of it were taken before.
     """
     model.train()
     k, sub = task.t, random_batch(args, task.t)
@@ -131,7 +136,7 @@ def train_KD(model, optimizer, task, data, args, step, epoch):
     new = dataset.endless(task.new, sub // k, data, *key, "new")
     old = dataset.endless(task.old, sub * (k - 1) // k, data, *key, "old")
     unlabeled = dataset.endless(task.unlabeled, sub, data, *key, "unlabeled", augmented=False)
-    for batches in zip(random, new, old, unlabeled):
+    for batches in islice(zip(random, new, old, unlabeled), skip, None):
         loss = KD_loss(model, k, sub, *batches)
         descend(loss, optimizer)
         yield loss.detach(), sum(len(x) for x, *_ in batches)
@@ -152,8 +157,11 @@ def extract(model, images, data, args, words=None):
     model.eval()
     with torch.no_grad():
         chunks = images.split(args.batch_size)
-        shown = tqdm(chunks, words, disable=None if words else True, leave=False)
-        return torch.cat([model.features(dataset.normalise(chunk, data)) for chunk in shown])
+        features = []
+        for chunk in tqdm(chunks, words, disable=None if words else True, leave=False):
+            features.append(model.features(dataset.normalise(chunk, data)))
+            utils.check_signals()
+        return torch.cat(features)
 
 
 def correct(model, images, labels, k, data, args):
@@ -186,9 +194,9 @@ class Fit(NamedTuple):
 
     best: float  # accuracy in percent; -1 when none was taken
     best_epoch: int
-    best_state: dict  # the best epoch's state dict, where files were asked for
     seconds: float
     images_per_second: float  # in training, validation aside
+    best_state: dict = None  # the best epoch's state dict, where a file was asked for
 
     def words(self):
         """What of it goes into the records."""
@@ -203,7 +211,7 @@ def fit(
     model,
     task,
     data,
-    args,
+    run,
     step,
     epochs,
     lr,
@@ -215,59 +223,119 @@ def fit(
 ):
     """Train `model` on `task` for `epochs` epochs, in place: the one loop of all scripts.
 
-    step: the name of this step of the run; its random streams derive from it.
+    step: the name of this step of the run; its random streams derive from it. If the run has it
+    done already, model and optimizer are put where it left them; if it was broken off, it goes on
+    from the last checkpoint, bit for bit as if nothing had been.
     optimizer: one to go on with; None: a new one. part: data.val or data.test, on whose images of
     all classes so far the accuracy is taken after every epoch; None: not at all.
-    checkpoint, best_model: files for the last and the best epoch (strictly better, so that a tie
-    keeps the earlier). Returns a Fit. Raises Refusal when the loss is no longer finite.
+    checkpoint: file for the last epoch, by default '<step>_checkpoint.pt'; best_model: one for the
+    best (strictly better, so that a tie keeps the earlier), or None. Returns a Fit. Raises Refusal
+    when loss or weights are no longer finite.
     """
-    optimizer = optimizer or make_optimizer(model, args, lr)
+    optimizer = optimizer or make_optimizer(model, run.args, lr)
+    checkpoint = checkpoint or f"{step}_checkpoint.pt"
+    if run.done(step):
+        last = run.load(checkpoint)
+        pruning_utils.load_state(model, last["state_dict"])
+        optimizer.load_state_dict(last["optimizer"])
+    else:
+        with utils.hold_signals():
+            at = go_through(model, task, data, run, step, epochs, milestones, optimizer, part)
+            run.keep(checkpoint, utils.save, contents(model, optimizer, epochs, at.best))
+            if best_model:
+                run.keep(best_model, utils.save, at.best_contents)
+            run.finish(
+                step,
+                *filter(None, (checkpoint, best_model)),
+                best=at.best,
+                best_epoch=at.best_epoch,
+                seconds=at.seconds,
+                images_per_second=at.images / at.training,
+            )
+    best_state = run.load(best_model)["state_dict"] if best_model else None
+    return Fit(**run.result(step), best_state=best_state)
+
+
+def go_through(model, task, data, run, step, epochs, milestones, optimizer, part):
+    """The epochs of fit() that are not done yet. Returns how far it came, with the best epoch.
+
+    A signal ends it after the current batch, or within a validation, when all is stored.
+    """
+    args, device = run.args, next(model.parameters()).device
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     run_epoch = train if task.t == 1 else train_KD
     steps = -(-len(task.random[0]) // random_batch(args, task.t))
-    best, best_epoch, best_contents, accuracy = -1.0, 0, None, None
-    began = stored = said = time.monotonic()
-    images, training = 0, 0.0
-    bar = tqdm(total=epochs * steps, desc=step, unit="batch", disable=None, leave=False)
-    for epoch in range(1, epochs + 1):
-        total, epoch_began = 0.0, time.monotonic()
-        for batch, (loss, count) in enumerate(
-            run_epoch(model, optimizer, task, data, args, step, epoch), start=1
-        ):
-            total, images = total + loss, images + count
-            bar.update()
-            if not bar.disable and batch % args.print_freq == 0:
-                bar.set_postfix(loss=total.item() / batch, accuracy=accuracy)
-        mean_loss = total.item() / batch
-        training += time.monotonic() - epoch_began
-        if not math.isfinite(mean_loss):
-            rate = scheduler.get_last_lr()[0]
-            raise Refusal(
-                f"{step}, epoch {epoch}: the loss is {mean_loss} at a learning rate of {rate:g}; "
-                f"--lr {args.lr:g} is too high here, give a lower one"
-            )
-        if part is not None:
-            accuracy = validate(model, part, task.t, data, args)
-        if not bar.disable:
-            bar.set_postfix(loss=mean_loss, accuracy=accuracy)
-        if part is not None and accuracy > best:
-            best, best_epoch = accuracy, epoch
-            if best_model:
-                best_contents = copy.deepcopy(contents(model, optimizer, epoch, best))
-        scheduler.step()
-        now = time.monotonic()
-        if checkpoint and (epoch == epochs or now - stored > CHECKPOINT_SECONDS):
-            utils.save(checkpoint, contents(model, optimizer, epoch, best))
-            utils.save(best_model, best_contents)
-            stored = now
-        if bar.disable and now - said > WORD_SECONDS:
-            words = f"accuracy {accuracy:.2f} %, " if part is not None else ""
-            words += f"{images / training:.0f} images/s"
-            print(f"{step}: epoch {epoch}/{epochs}, loss {mean_loss:.3f}, {words}", flush=True)
-            said = now
-    bar.close()
-    best_state = best_contents and best_contents["state_dict"]
-    return Fit(best, best_epoch, best_state, time.monotonic() - began, images / training)
+    at = SimpleNamespace(
+        epoch=1,  # the one that it is in, and the batches done and the sum of the losses in it
+        batch=0,
+        total=torch.zeros((), device=device),
+        best=-1.0,
+        best_epoch=0,
+        best_contents=None,
+        images=0,  # of all epochs
+        training=0.0,  # seconds of all epochs, validation aside
+        seconds=0.0,
+    )
+    if stored := run.progress(step):
+        pruning_utils.load_state(model, stored.pop("state_dict"))
+        optimizer.load_state_dict(stored.pop("optimizer"))
+        vars(at).update(stored, total=stored["total"].to(device))
+        scheduler.last_epoch = at.epoch - 1
+        print(f"{step}: goes on {where(at, epochs, steps)}", flush=True)
+    saved = said = time.monotonic()
+    began = saved - at.seconds
+
+    def store():
+        refuse_not_finite(model, at, step, args, scheduler)
+        at.seconds = time.monotonic() - began
+        now = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+        run.save_progress(step, vars(at) | now)
+
+    done = (at.epoch - 1) * steps + at.batch
+    accuracy = None
+    with tqdm(
+        total=epochs * steps, initial=done, desc=step, unit="batch", disable=None, leave=False
+    ) as bar:
+        try:
+            while at.epoch <= epochs:
+                mark = time.monotonic()
+                for loss, count in run_epoch(
+                    model, optimizer, task, data, args, step, at.epoch, skip=at.batch
+                ):
+                    at.total, at.images, at.batch = at.total + loss, at.images + count, at.batch + 1
+                    bar.update()
+                    if not bar.disable and at.batch % args.print_freq == 0:
+                        bar.set_postfix(loss=at.total.item() / at.batch, accuracy=accuracy)
+                    if time.monotonic() - saved >= args.checkpoint_seconds:
+                        at.training += time.monotonic() - mark
+                        store()
+                        saved = mark = time.monotonic()
+                    utils.check_signals()
+                refuse_not_finite(model, at, step, args, scheduler)
+                mean_loss = at.total.item() / at.batch
+                at.training += time.monotonic() - mark
+                if part is not None:
+                    accuracy = validate(model, part, task.t, data, args)
+                    if accuracy > at.best:
+                        at.best, at.best_epoch = accuracy, at.epoch
+                        now = contents(model, optimizer, at.epoch, accuracy)
+                        at.best_contents = copy.deepcopy(now)
+                if not bar.disable:
+                    bar.set_postfix(loss=mean_loss, accuracy=accuracy)
+                scheduler.step()
+                at.epoch, at.batch, at.total = at.epoch + 1, 0, torch.zeros_like(at.total)
+                if bar.disable and time.monotonic() - said > WORD_SECONDS:
+                    words = f"accuracy {accuracy:.2f} %, " if part is not None else ""
+                    words += f"{at.images / at.training:.0f} images/s"
+                    said_epoch = f"{step}: epoch {at.epoch - 1}/{epochs}"
+                    print(f"{said_epoch}, loss {mean_loss:.3f}, {words}", flush=True)
+                    said = time.monotonic()
+        except utils.Interrupted as end:
+            store()
+            end.where = f", {step} is stored {where(at, epochs, steps)}"
+            raise
+    at.seconds = time.monotonic() - began
+    return at
 
 
 def contents(model, optimizer, epoch, best):
@@ -280,36 +348,52 @@ def contents(model, optimizer, epoch, best):
     }
 
 
-def train_task(model, task, data, args, step, checkpoint=None, best_model=None):
+def where(at, epochs, steps):
+    """Words on how far a loop is."""
+    return f"at epoch {at.epoch} of {epochs}, after batch {at.batch} of {steps}"
+
+
+def refuse_not_finite(model, at, step, args, scheduler):
+    """Raise a Refusal when the losses so far or the model have become infinite or NaN."""
+    tensors = [at.total, *(t for t in model.state_dict().values() if t.is_floating_point())]
+    if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
+        loss = at.total.item() / max(1, at.batch)
+        raise Refusal(
+            f"{step}, epoch {at.epoch}: loss or weights are not finite (mean loss {loss:g}) at a "
+            f"learning rate of {scheduler.get_last_lr()[0]:g}; --lr {args.lr:g} is too high here, "
+            f"give a lower one"
+        )
+
+
+def train_task(model, task, data, run, step, checkpoint=None, best_model=None):
     """Train a task with all its epochs (METHOD.md section 4) and say how it went. Returns the Fit.
 
     checkpoint, best_model: names of the two files in --save_dir, if not '<step>_checkpoint.pt'
     and '<step>_best_model.pt'.
     """
-    folder = Path(args.save_dir)
+    args = run.args
     result = fit(
         model,
         task,
         data,
-        args,
+        run,
         step,
         args.epochs,
         args.lr,
         args.decreasing_lr,
         part=data.val,
-        checkpoint=folder / (checkpoint or f"{step}_checkpoint.pt"),
-        best_model=folder / (best_model or f"{step}_best_model.pt"),
+        checkpoint=checkpoint,
+        best_model=best_model or f"{step}_best_model.pt",
     )
-    print(
+    run.say(
         f"{step}: {args.epochs} epochs in {result.seconds:.0f} s "
         f"({result.images_per_second:.0f} images/s), "
-        f"best val accuracy {result.best:.2f} % at epoch {result.best_epoch}",
-        flush=True,
+        f"best val accuracy {result.best:.2f} % at epoch {result.best_epoch}"
     )
     return result
 
 
-def retrain(model, task, data, args, step, optimizer=None, part=None):
-    """Retrain after a pruning: --iter_epochs at a constant lr/100; stores nothing."""
-    epochs, lr = args.iter_epochs, args.lr / 100
-    return fit(model, task, data, args, step, epochs, lr, optimizer=optimizer, part=part)
+def retrain(model, task, data, run, step, optimizer=None, part=None):
+    """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns the Fit."""
+    epochs, lr = run.args.iter_epochs, run.args.lr / 100
+    return fit(model, task, data, run, step, epochs, lr, optimizer=optimizer, part=part)

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import platform
 import re
+import signal
 import sys
 import tarfile
 import types
@@ -35,18 +37,65 @@ def first_line(error):
 
 
 def run(main):
-    """Run a script's main(); a Refusal becomes one line on stderr and exit status 2."""
+    """Run a script's main(); a Refusal becomes one line on stderr and exit status 2.
+
+    SIGINT and SIGTERM end it with 130 and 143, between two steps of training at the earliest.
+    """
     keep_freed_memory()
+    before = {each: signal.signal(each, Signals.come) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main()
     except Refusal as refusal:
         words, status = refusal, 2
     except torch.OutOfMemoryError as error:
         words, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
-    except KeyboardInterrupt:
-        words, status = "interrupted", 130
+    except Interrupted as end:
+        words, status = f"stopped by {signal.Signals(end.signum).name}", 128 + end.signum
+        words += f"{end.where}; give the same command again to go on"
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(status)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; where: words on how far the run is stored."""
+
+    def __init__(self, signum, where=""):
+        super().__init__()
+        self.signum, self.where = signum, where
+
+
+class Signals:
+    """SIGINT and SIGTERM raise Interrupted at once, or, where they are held, at check_signals()."""
+
+    held, came = False, None
+
+    @staticmethod
+    def come(signum, frame):
+        if not Signals.held:
+            raise Interrupted(signum)
+        Signals.came = signum
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Within it only check_signals() raises Interrupted: what belongs together stays together."""
+    outer, Signals.held = Signals.held, True
+    try:
+        yield
+    finally:
+        Signals.held = outer
+    if not outer:
+        check_signals()
+
+
+def check_signals():
+    """Raise Interrupted if a signal came that was held."""
+    if Signals.came:
+        signum, Signals.came = Signals.came, None
+        raise Interrupted(signum)
 
 
 def keep_freed_memory():
@@ -149,6 +198,19 @@ def make_parser(description, save_dir):
         metavar="DIR",
         help="queried images and soft labels (default <save_dir>/data)",
     )
+    flag(
+        "--checkpoint_seconds",
+        type=not_negative,
+        default=60,
+        metavar="S",
+        help="most seconds of training between two checkpoints, from which the same command, "
+        "given again, goes on (default %(default)s)",
+    )
+    flag(
+        "--overwrite",
+        action="store_true",
+        help="begin anew: remove what a run of this script has written to --save_dir",
+    )
     flag = parser.add_argument_group("training").add_argument
     number = "(default %(default)s)"
     flag("--epochs", type=whole(1), default=100, metavar="N", help=f"epochs of a task {number}")
@@ -186,6 +248,12 @@ def make_parser(description, save_dir):
         "faster where the hardware has it; weights, statistics, heads and ranks are fp32 always",
     )
     flag("--seed", type=whole(0), default=0, metavar="N", help=number)
+    flag(
+        "--deterministic",
+        action="store_true",
+        help="the same bits every time on a CUDA device too, at some cost of speed (a CPU gives "
+        "them anyway)",
+    )
     flag(
         "--print_freq",
         type=whole(1),
@@ -231,8 +299,14 @@ def add_state(flag, words):
     flag("--state", type=whole(1), default=5, metavar="t", help=f"{words} (default %(default)s)")
 
 
-def pick_device(name, gpu=0):
-    """The torch.device for --device `name`. Raises Refusal where there is no such device."""
+def pick_device(name, gpu=0, deterministic=False):
+    """The torch.device for --device `name`. Raises Refusal where there is no such device.
+
+    deterministic: let PyTorch use no operation that may give other bits another time.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -270,30 +344,76 @@ def stream(seed, *purpose):
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
+def kth_smallest(values, k):
+    """The k-th smallest (from 1) of values [n], a scalar tensor.
+
+    kthvalue has no deterministic form on CUDA, because of the place that it gives too.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return values.sort().values[k - 1]
+    return values.kthvalue(k).values
+
+
 # ------------------------------------------------------------------------------ files
 
 
+def beside(path):
+    """Where a file is made before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.part")
+
+
 def write_whole(path, write):
-    """Make the file `path` with write(file), wholly or not at all: beside it, then renamed."""
+    """Make the file `path` with write(file), wholly or not at all: beside it, then renamed.
+
+    It is on the disk before it is renamed. What a killed process left beside is written over.
+    Returns the content's SHA-256 in hex.
+    """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, content = beside(path), io.BytesIO()
+    write(content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with hold_signals():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(part, "wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+            flush_folder(path.parent)
+    except OSError as error:
+        words = f"cannot be written ({first_line(error)})"
+        raise Refusal(f"{path}: {words}; make room or name another folder") from None
+    return hashlib.sha256(content.getbuffer()).hexdigest()
+
+
+def flush_folder(folder):
+    """Flush a folder's entries, a renamed file's new name among them, to the disk."""
+    with contextlib.suppress(OSError):  # Windows has no such thing
+        entry = os.open(folder, os.O_RDONLY)
         try:
-            with open(beside, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.fsync(entry)
         finally:
-            beside.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise Refusal(f"{path}: cannot be written ({first_line(error)})") from None
+            os.close(entry)
+
+
+def file_checksum(path):
+    """SHA-256 of a file in hex; None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def save(path, content):
     """torch.save, wholly or not at all; tensors as CPU ones, which load anywhere."""
-    write_whole(path, lambda file: torch.save(to_cpu(content), file))
+    return write_whole(path, lambda file: torch.save(to_cpu(content), file))
 
 
 def to_cpu(content):
@@ -309,7 +429,7 @@ def to_cpu(content):
 
 def save_array(path, array):
     """np.save of a plain array, wholly or not at all."""
-    write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+    return write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def load_array(path):
@@ -504,7 +624,6 @@ class Record:
             },
             "states": [],
         }
-        self.write()  # a folder that cannot be written is told now, not after the first task
 
     def add(self, state, accuracy, density, **more):
         """Add a row: accuracy is a list (percent, tasks 1..), density that of the model tested."""
