@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dataset import Data
+from run import Run
 
 
 @pytest.fixture
@@ -32,6 +33,8 @@ def args(tmp_path):
         seed=0,
         print_freq=50,
         precision="fp32",
+        checkpoint_seconds=60,
+        overwrite=False,
     )
 
 
@@ -59,6 +62,12 @@ def data():
         std=torch.full((3, 1, 1), 0.25),
         pad=4,
     )
+
+
+@pytest.fixture
+def run(args, data):
+    """A run in an empty folder, with these arguments (as they are when it is used) and data."""
+    return Run("test", args, data, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

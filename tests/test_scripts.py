@@ -127,9 +127,9 @@ def run_TD(folder, *flags):
 def test_TD_follows_the_curriculum(tmp_path, monkeypatch):
     retrained, real = [], main_TD.retrain
 
-    def retrain(model, task, data, args, step, optimizer):
+    def retrain(model, task, data, run, step, optimizer):
         retrained.append((task.t, step, optimizer))
-        return real(model, task, data, args, step, optimizer)
+        return real(model, task, data, run, step, optimizer)
 
     monkeypatch.setattr(main_TD, "retrain", retrain)
     started = starts(monkeypatch, main_TD)
@@ -171,9 +171,9 @@ def test_TD_prunes_the_last_model_and_teaches_with_the_best(tmp_path, monkeypatc
     let_accuracies_fall(monkeypatch)
     seen, real = {"taught": [], "pruned": []}, (main_TD.teaching.teach, main_TD.prune_state)
 
-    def teach(model, data, args, t):
+    def teach(model, data, run, t):
         seen["taught"].append(pruning_utils.clone_state(model))
-        return real[0](model, data, args, t)
+        return real[0](model, data, run, t)
 
     def prune_state(model, *rest):
         seen["pruned"].append(pruning_utils.clone_state(model))
@@ -238,9 +238,10 @@ def script_accuracies(monkeypatch):
     return install
 
 
-def bu_args(**changes):
+def bu_run(**changes):
+    """A run of which its rounds need the arguments alone."""
     flags = {"percent": 0.2, "deacc": 2.0, "base_sparsity": 90.0, "max_iter_prun": 26}
-    return SimpleNamespace(**flags | changes)
+    return SimpleNamespace(args=SimpleNamespace(**flags | changes), say=print)
 
 
 def model():
@@ -265,7 +266,7 @@ TASK = SimpleNamespace(t=1)
 )
 def test_BU_task_1_ticket(script_accuracies, accuracies, prunings, why):
     script_accuracies(accuracies)
-    masks, state, rounds = main_BU.find_ticket(model(), TASK, None, bu_args(), None, 98.0)
+    masks, state, rounds = main_BU.find_ticket(model(), TASK, None, bu_run(), None, 98.0)
     assert pruning_utils.density(masks) == pytest.approx(100 * 0.8**prunings, abs=0.02), why
     assert len(rounds) == len(accuracies)
     assert all(torch.equal(m, masks[n]) for n, m in pruning_utils.extract_mask(state).items())
@@ -274,7 +275,7 @@ def test_BU_task_1_ticket(script_accuracies, accuracies, prunings, why):
 def test_BU_without_any_ticket_is_an_error(script_accuracies):
     script_accuracies([50])
     with pytest.raises(utils.Refusal, match="--percent 0.95"):
-        main_BU.find_ticket(model(), TASK, None, bu_args(percent=0.95), None, 98.0)
+        main_BU.find_ticket(model(), TASK, None, bu_run(percent=0.95), None, 98.0)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_BU_regrowth(script_accuracies, accuracies, prunings, changes, why):
     kept = pruning_utils.density(current)  # 10.74 %
     script_accuracies(accuracies)
     task = SimpleNamespace(t=2)
-    masks, state, rounds = main_BU.regrow(net, task, None, bu_args(**changes), None, 98.0, current)
+    masks, state, rounds = main_BU.regrow(net, task, None, bu_run(**changes), None, 98.0, current)
     expected = kept + (100 - kept) * 0.8**prunings
     assert pruning_utils.density(masks) == pytest.approx(expected, abs=0.03), why
     assert len(rounds) == len(accuracies)
@@ -395,8 +396,9 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
 
     # a pruned W is taken whole and loses its own mask; a pruned checkpoint will do for M
     pruned = tmp_path / "task2_best_prun_model.pt"
-    paths[3] = str(tmp_path / "retrain_task2_best_model.pt")
-    main_train.main([*TINY, *paths, "--weight", str(pruned)])
+    paths[1], paths[3] = str(tmp_path / "again"), str(tmp_path / "retrain_task2_best_model.pt")
+    data = ["--save_data_path", str(tmp_path / "data")]
+    main_train.main([*TINY, *paths, *data, "--weight", str(pruned)])
     whole = pruning_utils.dense_state(utils.read_state(pruned))
     assert same(pruning_utils.dense_state(started[1]), whole)
     own = pruning_utils.extract_mask(started[1])

@@ -135,6 +135,13 @@ def teacher(args):
     return model
 
 
+def teach(teacher, data, run, t):
+    """teaching.teach, also where the run has done it before; returns the places queried."""
+    run.journal["steps"].clear()
+    teaching.teach(teacher, data, run, t)
+    return arrays(run.args, t)["select_index"]
+
+
 def arrays(args, t):
     folder = Path(args.save_data_path)
     return {name: np.load(folder / f"task{t}_{name}.npy", allow_pickle=False) for name in FILES}
@@ -146,8 +153,8 @@ def normalised(images):
 
 
 @pytest.mark.parametrize("t, n", [(1, 24), (2, 48), (3, 60)])
-def test_files_of_teaching(teacher, data, args, t, n):
-    teaching.teach(teacher, data, args, t)
+def test_files_of_teaching(teacher, data, args, run, t, n):
+    teach(teacher, data, run, t)
     folder = Path(args.save_data_path)
     assert {path.name for path in folder.iterdir()} == {f"task{t}_{name}.npy" for name in FILES}
     found = {name: (array.dtype, array.shape) for name, array in arrays(args, t).items()}
@@ -160,12 +167,12 @@ def test_files_of_teaching(teacher, data, args, t, n):
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_what_is_queried_is_near_the_exemplars_so_far(teacher, data, args, monkeypatch, t):
+def test_what_is_queried_is_near_the_exemplars_so_far(teacher, data, args, run, monkeypatch, t):
     """In float64, where no rounding can decide which of two images is the nearer one."""
     normalise = dataset.normalise
     monkeypatch.setattr(dataset, "normalise", lambda *both: normalise(*both).double())
     teacher.double()
-    selected = teaching.teach(teacher, data, args, t)
+    selected = teach(teacher, data, run, t)
 
     def features(images):
         x = reference.normalise(images, [0.5] * 3, [0.25] * 3)
@@ -178,8 +185,8 @@ def test_what_is_queried_is_near_the_exemplars_so_far(teacher, data, args, monke
     assert arrays(args, t)["select_index"].tolist() == wanted
 
 
-def test_stored_images_are_views_of_the_queried_ones(teacher, data, args):
-    teaching.teach(teacher, data, args, 2)
+def test_stored_images_are_views_of_the_queried_ones(teacher, data, args, run):
+    teach(teacher, data, run, 2)
     found = arrays(args, 2)
     views = [
         reference.find_view(image.transpose(1, 2, 0), data.pool[place].numpy(), pad=4)
@@ -191,8 +198,8 @@ def test_stored_images_are_views_of_the_queried_ones(teacher, data, args):
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args, t):
-    teaching.teach(teacher, data, args, t)
+def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args, run, t):
+    teach(teacher, data, run, t)
     found = arrays(args, t)
     x = normalised(found["img"]).float()
     with torch.no_grad():
@@ -208,51 +215,51 @@ def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args
     assert not np.allclose(found["dis_label"], found["dis_label_main"])
 
 
-def test_teaching_leaves_the_teacher_as_it_was(teacher, data, args):
+def test_teaching_leaves_the_teacher_as_it_was(teacher, data, args, run):
     before = copy.deepcopy(teacher.state_dict())
-    teaching.teach(teacher, data, args, 2)
+    teach(teacher, data, run, 2)
     after = teacher.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_teaching_leaves_the_pool_as_it_was(teacher, data, args):
+def test_teaching_leaves_the_pool_as_it_was(teacher, data, args, run):
     before = data.pool.clone()
-    teaching.teach(teacher, data, args, 2)
+    teach(teacher, data, run, 2)
     assert torch.equal(data.pool, before)
 
 
-def test_teaching_hangs_on_seed_and_task_alone(teacher, data, args):
-    teaching.teach(teacher, data, args, 1)
+def test_teaching_hangs_on_seed_and_task_alone(teacher, data, args, run):
+    teach(teacher, data, run, 1)
     first = arrays(args, 1)
-    teaching.teach(teacher, data, args, 2)
+    teach(teacher, data, run, 2)
     torch.manual_seed(99)
-    teaching.teach(teacher, data, args, 1)
+    teach(teacher, data, run, 1)
     again = arrays(args, 1)
     assert all(np.array_equal(first[name], again[name]) for name in FILES)
     args.seed = 1
-    teaching.teach(teacher, data, args, 1)
+    teach(teacher, data, run, 1)
     other = arrays(args, 1)
     assert np.array_equal(first["select_index"], other["select_index"])
     assert not np.array_equal(first["img"], other["img"])
 
 
-def test_views_are_drawn_anew_for_each_task(teacher, data, args, monkeypatch):
+def test_views_are_drawn_anew_for_each_task(teacher, data, args, run, monkeypatch):
     draws, draw_views = [], dataset.draw_views
     monkeypatch.setattr(
         dataset, "draw_views", lambda *given: draws.append(draw_views(*given)) or draws[-1]
     )
     args.unlabel_num = 60  # every task queries the whole pool
     for t in (1, 2):
-        teaching.teach(teacher, data, args, t)
+        teach(teacher, data, run, t)
     assert all(len(some) == len(other) == 60 for some, other in zip(*draws))
     assert not any(torch.equal(some, other) for some, other in zip(*draws))
 
 
 @pytest.mark.parametrize("num, taken", [(3, 48), (4, 60), (50, 60)])
-def test_a_pool_that_runs_out_is_told(teacher, data, args, capsys, num, taken):
+def test_a_pool_that_runs_out_is_told(teacher, data, args, run, capsys, num, taken):
     args.unlabel_num = num
-    assert len(teaching.teach(teacher, data, args, 2)) == taken
+    assert len(teach(teacher, data, run, 2)) == taken
     out = capsys.readouterr().out
     if taken < 60:
         assert out == ""
@@ -261,9 +268,9 @@ def test_a_pool_that_runs_out_is_told(teacher, data, args, capsys, num, taken):
         assert len(out.splitlines()) == 1
 
 
-def test_a_pool_that_is_just_enough_did_not_run_out(teacher, data, args, capsys):
+def test_a_pool_that_is_just_enough_did_not_run_out(teacher, data, args, run, capsys):
     data.pool = data.pool[:48]
-    assert len(teaching.teach(teacher, data, args, 2)) == 48
+    assert len(teach(teacher, data, run, 2)) == 48
     assert capsys.readouterr().out == ""
 
 
@@ -297,9 +304,9 @@ def test_task_1_has_no_lesson(args, data):
 
 
 @pytest.mark.parametrize("t", [2, 3])
-def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, args, t):
+def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, args, run, t):
     for k in (1, 2, 3):
-        teaching.teach(teacher, data, args, k)
+        teach(teacher, data, run, k)
     stored = arrays(args, t - 1)
     images, logits, logits_main = teaching.lesson(data, args, t)
     assert images.dtype == torch.uint8 and logits.dtype == logits_main.dtype == torch.float32

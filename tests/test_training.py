@@ -607,7 +607,8 @@ def scripted(monkeypatch, accuracies, losses=None):
     """
     seen = {"lr": [], "validated": [], "optimizers": []}
 
-    def epoch(model, optimizer, task, data, args, step, epoch):
+    def epoch(model, optimizer, task, data, args, step, epoch, skip):
+        assert not skip
         seen["lr"].append(optimizer.param_groups[0]["lr"])
         seen["optimizers"].append(optimizer)
         optimizer.step()  # without gradients: nothing moves, and the schedule is content
@@ -634,28 +635,29 @@ def setting(args, data):
     return model, trainer.make_task(data, 2, None)
 
 
-def test_lr_falls_to_a_tenth_after_each_milestone(setting, args, data, monkeypatch):
+def test_lr_falls_to_a_tenth_after_each_milestone(setting, args, run, data, monkeypatch):
     seen = scripted(monkeypatch, range(1, 7))
     args.epochs, args.decreasing_lr = 6, [2, 4]
-    trainer.train_task(*setting, data, args, "task2")
+    trainer.train_task(*setting, data, run, "task2")
     assert seen["lr"] == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
 
-def test_retraining_is_at_a_constant_hundredth_and_stores_nothing(
-    setting, args, data, monkeypatch, tmp_path
+def test_retraining_is_at_a_constant_hundredth_and_stores_its_end(
+    setting, args, run, data, monkeypatch
 ):
     seen = scripted(monkeypatch, [4.0, 6.0, 5.0])
     args.iter_epochs = 3
-    found = trainer.retrain(*setting, data, args, "round", part=data.test)
+    found = trainer.retrain(*setting, data, run, "round", part=data.test)
     assert seen["lr"] == pytest.approx([0.0001] * 3)
     assert (found.best, found.best_epoch) == (6.0, 2)
     assert [(part is data.test, t) for part, t, _ in seen["validated"]] == [(True, 2)] * 3
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in Path(args.save_dir).glob("*.pt")] == ["round_checkpoint.pt"]
+    assert run.load("round_checkpoint.pt")["epoch"] == 3
 
 
-def test_without_a_part_nothing_is_validated(setting, args, data, monkeypatch):
+def test_without_a_part_nothing_is_validated(setting, args, run, data, monkeypatch):
     seen = scripted(monkeypatch, [])
-    trainer.retrain(*setting, data, args, "round")
+    trainer.retrain(*setting, data, run, "round")
     assert seen["lr"] and not seen["validated"]
 
 
@@ -668,14 +670,16 @@ def test_without_a_part_nothing_is_validated(setting, args, data, monkeypatch):
         ([10.0, 20.0, 30.0, 40.0], 4),
     ],
 )
-def test_the_best_and_the_last_epoch_are_stored(setting, args, data, monkeypatch, accuracies, best):
+def test_the_best_and_the_last_epoch_are_stored(
+    setting, args, run, data, monkeypatch, accuracies, best
+):
     seen = scripted(monkeypatch, accuracies)
     args.epochs = 4
-    found = trainer.train_task(*setting, data, args, "task2")
+    found = trainer.train_task(*setting, data, run, "task2")
     assert seen["validated"] == [(data.val, 2, e) for e in (1, 2, 3, 4)]  # after each epoch
     folder = Path(args.save_dir)
     names = {"task2_checkpoint.pt", "task2_best_model.pt"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.glob("*.pt")} == names
     for name, epoch in (("checkpoint", 4), ("best_model", best)):
         stored = torch.load(folder / f"task2_{name}.pt", weights_only=True)
         assert set(stored) == {"epoch", "state_dict", "best_prec1", "optimizer"}
@@ -688,54 +692,52 @@ def test_the_best_and_the_last_epoch_are_stored(setting, args, data, monkeypatch
     assert (setting[0].conv1.weight == 4).all()  # the model is the last one
 
 
-def test_the_best_state_is_a_copy_of_its_own(setting, args, data, monkeypatch):
+def test_the_best_state_is_a_copy_of_its_own(setting, args, run, data, monkeypatch):
     """What goes on with the model must not change what was the best."""
     scripted(monkeypatch, [1.0, 2.0])
     model, task = setting
-    found = trainer.train_task(model, task, data, args, "task2")
+    found = trainer.train_task(model, task, data, run, "task2")
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.zero_()
     assert (found.best_state["conv1.weight"] == 2).all()
 
 
-def test_a_broken_off_run_leaves_its_last_stored_epoch(setting, args, data, monkeypatch):
-    scripted(monkeypatch, [50.0, 40.0, 30.0], losses=[(1.0,), (1.0,), (math.nan,)])
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1)
-    args.epochs = 3
+def test_a_loop_that_broke_off_leaves_where_it_was(setting, args, run, data, monkeypatch):
+    scripted(monkeypatch, [50.0, 40.0, 30.0], losses=[(1.0,), (1.0, 2.0), (math.nan,)])
+    args.epochs, args.checkpoint_seconds = 3, 0
     with pytest.raises(utils.Refusal):
-        trainer.train_task(*setting, data, args, "task2")
-    last, best = (
-        torch.load(Path(args.save_dir) / f"task2_{name}.pt", weights_only=True)
-        for name in ("checkpoint", "best_model")
-    )
-    assert (last["epoch"], best["epoch"]) == (2, 1)
-    assert last["best_prec1"] == best["best_prec1"] == 50
-    assert (best["state_dict"]["conv1.weight"] == 1).all()
+        trainer.train_task(*setting, data, run, "task2")
+    assert [path.name for path in Path(args.save_dir).glob("*.pt")] == ["task2_progress.pt"]
+    stored = torch.load(Path(args.save_dir) / "task2_progress.pt", weights_only=True)
+    assert (stored["epoch"], stored["batch"], stored["total"].item()) == (2, 2, 3.0)
+    assert (stored["best"], stored["best_epoch"]) == (50, 1)
+    assert (stored["best_contents"]["state_dict"]["conv1.weight"] == 1).all()
+    assert (stored["state_dict"]["conv1.weight"] == 2).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_refused(setting, args, data, monkeypatch, tmp_path, bad):
+def test_a_loss_that_is_not_finite_is_refused(setting, args, run, data, monkeypatch, tmp_path, bad):
     scripted(monkeypatch, [1.0, 1.0], losses=[(1.0, bad, 1.0), (1.0,)])
-    with pytest.raises(utils.Refusal, match="--lr"):
-        trainer.train_task(*setting, data, args, "task2")
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    with pytest.raises(utils.Refusal, match="task2, epoch 1: .* of 0.01; --lr 0.01"):
+        trainer.train_task(*setting, data, run, "task2")
+    assert not [*tmp_path.rglob("*.pt")]
 
 
-def test_training_that_diverges_is_refused(args, data, tmp_path):
+def test_training_that_diverges_is_refused(args, run, data, tmp_path):
     args.lr = 1e30
     model = trainer.make_model(args, torch.device("cpu"))
     with pytest.raises(utils.Refusal, match="--lr 1e\\+30"):
-        trainer.train_task(model, trainer.make_task(data, 1, None), data, args, "task1")
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+        trainer.train_task(model, trainer.make_task(data, 1, None), data, run, "task1")
+    assert not [*tmp_path.rglob("*.pt")]
 
 
-def test_a_new_optimizer_unless_one_is_given(setting, args, data, monkeypatch):
+def test_a_new_optimizer_unless_one_is_given(setting, args, run, data, monkeypatch):
     seen = scripted(monkeypatch, [1.0] * 9)
     args.iter_epochs = 1
     given = trainer.make_optimizer(setting[0], args, 1.0)
-    for optimizer in (None, None, given, given):
-        trainer.retrain(*setting, data, args, "round", optimizer)
+    for number, optimizer in enumerate((None, None, given, given)):
+        trainer.retrain(*setting, data, run, f"round{number}", optimizer)
     one, two, three, four = seen["optimizers"]
     assert three is four is given and len({id(one), id(two), id(given)}) == 3
     for group in one.param_groups:
@@ -745,11 +747,11 @@ def test_a_new_optimizer_unless_one_is_given(setting, args, data, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_momentum_is_kept_when_the_optimizer_is_given(args, data, monkeypatch, given):
+def test_momentum_is_kept_when_the_optimizer_is_given(args, run, data, monkeypatch, given):
     """Two retrainings in a state of main_TD share theirs; two rounds of main_BU do not."""
     gradient = 0.5
 
-    def epoch(model, optimizer, *_):
+    def epoch(model, optimizer, *_, skip):
         optimizer.zero_grad()
         model.linear[0].bias.grad = torch.full_like(model.linear[0].bias, gradient)
         optimizer.step()
@@ -763,7 +765,7 @@ def test_momentum_is_kept_when_the_optimizer_is_given(args, data, monkeypatch, g
     optimizer = trainer.make_optimizer(model, args, args.lr / 100) if given else None
     for number in (1, 2):
         pruning_utils.apply_mask(model, random_masks(model))
-        trainer.retrain(model, task, data, args, f"prune{number}", optimizer)
+        trainer.retrain(model, task, data, run, f"prune{number}", optimizer)
         velocity = velocity if given else 0
         for _ in range(2):
             velocity = MOMENTUM * velocity + gradient + WEIGHT_DECAY * weight
@@ -772,7 +774,7 @@ def test_momentum_is_kept_when_the_optimizer_is_given(args, data, monkeypatch, g
 
 
 @pytest.mark.parametrize("t", [1, 2])
-def test_a_whole_task_is_that_of_the_plain_code(args, data, monkeypatch, in_float64, t):
+def test_a_whole_task_is_that_of_the_plain_code(args, run, data, monkeypatch, in_float64, t):
     """Its own batches, replayed: every epoch's lr, validation, the best and the last state."""
     batches, name = [], "KD_loss" if t > 1 else "task1_loss"
     loss = getattr(trainer, name)
@@ -785,7 +787,7 @@ def test_a_whole_task_is_that_of_the_plain_code(args, data, monkeypatch, in_floa
     ours = trainer.make_model(args, torch.device("cpu")).double()
     plain = copy.deepcopy(ours)
     task = trainer.make_task(data, t, (data.pool[:12], *logits) if t > 1 else None)
-    found = trainer.train_task(ours, task, data, args, f"task{t}")
+    found = trainer.train_task(ours, task, data, run, f"task{t}")
 
     x_val, y_val = (torch.cat(tensors) for tensors in zip(*val_images(data, t)))
     steps = len(batches) // 3

@@ -1,0 +1,142 @@
+"""Kill runs with SIGKILL at random moments until they finish, and compare with undisturbed ones.
+
+    python tests/soak.py --kills 120          at least so many kills over the four scripts
+    make soak                                 the same
+
+Every batch is followed by a checkpoint (--checkpoint_seconds 0), and half of the kills wait for a
+file write to come inside it, which a half-written file beside its name proves. Each script runs on the embedded digits in
+processes of its own; the same command is given again after each kill. In the end every file must
+be that of the undisturbed run, byte for byte, times in the JSON files aside.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import processes
+
+TINY = (
+    "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 64 --unlabel_num 2 "
+    "--save_dir run"
+)
+BU = f"{TINY} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 --accept_decay -100"
+TRAIN = "--weight ../BU/run/task2_best_model.pt --mask ../BU/run/mask-3.pt --state 3"
+COMMANDS = {  # folder: command; the last one needs the folder BU
+    "CIL": f"main_CIL.py {TINY}",
+    "TD": f"main_TD.py {TINY} --iter_epochs 2 --prune_scheduler 1,2,3 --rewind rand",
+    "BU": f"main_BU.py {BU}",
+    "train": f"main_train.py {TINY} {TRAIN} --save_data_path ../BU/run/data",
+}
+TIMES = ("seconds", "images_per_second", "checksum", "checkpoint_seconds")
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def outcome(folder):
+    """{file: what must be equal}: checksums, and the content of JSON files without the times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".json":
+            content = without_times(json.loads(path.read_text()))
+            content.pop("wrote", None)  # a name more for each step that stored its progress
+            found[path.name] = content
+        elif path.name.endswith("log_results.txt"):
+            found[path.name] = [line.rsplit("\t", 1)[0] for line in path.read_text().splitlines()]
+        elif path.is_file() and not path.name.endswith("lock"):
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def undisturbed(scripts, command, folder):
+    """Run a command to its end; returns the seconds it took."""
+    folder.mkdir()
+    began = time.monotonic()
+    ended = scripts.run(command.split(), folder)
+    assert ended.status == 0, ended
+    return time.monotonic() - began
+
+
+def half_written(folder):
+    return any(folder.glob("run/**/.*.part"))
+
+
+def wait_for_a_write(folder):
+    """Come back within a file write, or after a second without one."""
+    limit = time.monotonic() + 1
+    while not half_written(folder) and time.monotonic() < limit:
+        pass
+
+
+def kill_until_done(scripts, command, folder, draw, longest, kills):
+    """Kill a command after 0..longest seconds, again and again, until it has finished.
+
+    draw: a random.Random. kills: from so many on it is left alone. Returns how many kills there
+    were, and how many of them left a half-written file.
+    """
+    folder.mkdir()
+    killed = inside = 0
+    argv = [*command.split(), "--checkpoint_seconds", "0"]
+    while killed < kills:
+        process = scripts.start(argv, folder)
+        time.sleep(draw.uniform(0, longest))
+        if draw.random() < 0.5:
+            wait_for_a_write(folder)
+        with contextlib.suppress(ProcessLookupError):  # it had ended by itself
+            os.kill(process, signal.SIGKILL)
+        ended = scripts.wait()
+        if ended.status == 0:
+            return killed, inside
+        assert ended.status == -signal.SIGKILL, ended
+        killed += 1
+        inside += half_written(folder)
+    ended = scripts.run(argv, folder)
+    assert ended.status == 0, ended
+    return killed, inside
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=120, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
+    args = parser.parse_args()
+    scripts, draw = processes.Server(), random.Random(args.seed)
+    kills, inside, failed, began = 0, 0, 0, time.monotonic()
+    print(f"{'script':<8} {'kills':>6} {'inside a write':>15} {'files':>6}  equal", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        whole, broken = Path(root, "whole"), Path(root, "broken")
+        whole.mkdir()
+        seconds = {
+            name: undisturbed(scripts, command, whole / name) for name, command in COMMANDS.items()
+        }
+        wanted = {name: outcome(whole / name) for name in COMMANDS}
+        while kills < args.kills:
+            broken.mkdir()
+            for name, command in COMMANDS.items():
+                longest = 0.3 + seconds[name] / 4
+                found = kill_until_done(scripts, command, broken / name, draw, longest, 1000)
+                equal = outcome(broken / name) == wanted[name]
+                kills, inside, failed = kills + found[0], inside + found[1], failed + (not equal)
+                files = len(wanted[name])
+                print(f"{name:<8} {found[0]:>6} {found[1]:>15} {files:>6}  {equal}", flush=True)
+            shutil.rmtree(broken)
+    scripts.close()
+    print(f"{kills} kills, {inside} of them inside a write, in {time.monotonic() - began:.0f} s; ")
+    print("all runs ended as the undisturbed ones" if not failed else f"{failed} runs differ")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Runs that are killed, stopped, damaged, short of room or given twice, in processes of their own.
+
+What must come out is what the undisturbed run leaves, byte for byte (soak.outcome).
+"""
+
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+
+import utils
+from run import Run
+
+ROOT = Path(__file__).parent.parent
+TD = soak.COMMANDS["TD"].split()
+
+
+@pytest.fixture(scope="module")
+def whole(scripts, tmp_path_factory):
+    """A folder with the undisturbed run of each script, and the seconds that each took."""
+    folder = tmp_path_factory.mktemp("whole")
+    seconds = {
+        name: soak.undisturbed(scripts, command, folder / name)
+        for name, command in soak.COMMANDS.items()
+    }
+    return folder, seconds
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of the finished run of main_TD; the folder to start it in."""
+    shutil.copytree(whole[0] / "TD", tmp_path / "TD")
+    return tmp_path / "TD"
+
+
+def wait_until(true):
+    limit = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def in_task(folder, t):
+    """Whether a run is at its training of task t."""
+    return (folder / "run" / f"task{t}_progress.pt").exists()
+
+
+def refused(ended, *words):
+    """One clear line and status 2; returns the line."""
+    assert ended.status == 2, ended
+    (line,) = ended.err.splitlines()
+    assert all(word in line for word in words), line
+    return line
+
+
+# ------------------------------------------------------------------------------ killed
+
+
+@pytest.mark.parametrize("name", soak.COMMANDS)
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(scripts, whole, tmp_path, name):
+    folder, seconds = whole
+    if name == "train":  # it works on the files of BU
+        os.symlink(folder / "BU", tmp_path / "BU")
+    draw, longest = random.Random(name), 0.3 + seconds[name] / 2
+    killed, _ = soak.kill_until_done(
+        scripts, soak.COMMANDS[name], tmp_path / name, draw, longest, kills=4
+    )
+    assert killed  # else another seed is needed
+    assert soak.outcome(tmp_path / name) == soak.outcome(folder / name)
+
+
+def test_what_is_done_is_not_done_again_and_the_run_says_where_it_goes_on(scripts, whole, tmp_path):
+    argv = [*TD, "--checkpoint_seconds", "0"]
+    process = scripts.start(argv, tmp_path)
+    wait_until(lambda: in_task(tmp_path, 3))
+    os.kill(process, signal.SIGKILL)
+    assert scripts.wait().status == -signal.SIGKILL
+    files = [tmp_path / "run" / f"task{t}_{name}.pt" for t in (1, 2) for name in ("best_model",)]
+    before = [path.stat().st_mtime_ns for path in files]
+    ended = scripts.run(argv, tmp_path)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    first, second = ended.out.splitlines()[:2]
+    assert first == "run: goes on after task2_ticket"
+    assert re.fullmatch("task3: goes on at epoch [12] of 2, after batch [0-9]+ of [0-9]+", second)
+    assert "task1" not in ended.out and "task2:" not in ended.out
+    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+def test_a_finished_run_is_left_as_it_is(scripts, finished):
+    before = soak.outcome(finished)
+    files = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
+    ended = scripts.run(TD, finished)
+    assert ended.status == 0 and "goes on after result_test" in ended.out
+    assert soak.outcome(finished) == before
+    assert files == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
+
+
+# ------------------------------------------------------------------------------ stopped
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stores_the_step_and_ends_the_run(scripts, whole, tmp_path, signum):
+    process = scripts.start(TD, tmp_path)
+    wait_until(lambda: (tmp_path / "run" / "task1_ticket.pt").exists())
+    time.sleep(0.2)  # in the training of task 2
+    began = time.monotonic()
+    os.kill(process, signum)
+    ended = scripts.wait()
+    assert time.monotonic() - began < 5
+    assert ended.status == 128 + signum
+    (line,) = ended.err.splitlines()
+    assert re.fullmatch(
+        f"main_TD.py: stopped by {signum.name}(, task2 is stored at epoch . of 2, after batch [0-9]+ "
+        f"of [0-9]+)?; give the same command again to go on",
+        line,
+    )
+    assert in_task(tmp_path, 2) == ("stored" in line)
+    assert scripts.run(TD, tmp_path).status == 0
+    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+def test_signals_wait_for_what_belongs_together():
+    def main():
+        with pytest.raises(utils.Interrupted) as end, utils.hold_signals():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                with utils.hold_signals():
+                    os.kill(os.getpid(), signum)
+                time.sleep(0.01)  # not at the end of the inner one
+            done.append("whole")
+            utils.check_signals()
+            done.append("not reached")
+        return end.value.signum
+
+    done = []
+    before = signal.getsignal(signal.SIGTERM)
+    assert utils.run(main) == signal.SIGINT and done == ["whole"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------------------------------------ no room
+
+
+@pytest.mark.parametrize("size", [3_000, 100_000, 700_000])
+def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(scripts, whole, tmp_path, size):
+    """A limit on the size of files: the first journals, arrays or checkpoints do not fit."""
+    limited = scripts.run(TD, tmp_path, limit=size)
+    line = refused(limited, "cannot be written (File too large); make room")
+    name = Path(line.split(": ")[1]).name
+    assert name == {3_000: "run.json", 100_000: "task0_checkpoint_weight.pt"}.get(size, name)
+    assert not any(path.name == name for path in tmp_path.rglob("*")) or name == "run.json"
+    assert not soak.half_written(tmp_path)
+    assert scripts.run(TD, tmp_path).status == 0
+    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+# ------------------------------------------------------------------------------ damage
+
+
+def flip(content):
+    """One bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES = {"flipped": flip, "cut": lambda content: content[: len(content) // 2], "gone": None}
+FILES = {
+    "task0_checkpoint_weight.pt": "initialisation",
+    "task1_best_model.pt": "task1",
+    "task2_checkpoint.pt": "task2",
+    "task3_ticket.pt": "task3_ticket",
+    "task4_best_model.pt": "task4",
+    "data/task2_img.npy": "task2_teaching",
+    "data/task1_dis_label.npy": "task1_teaching",
+    "data/task1_select_index.npy": "task1_teaching",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_its_step_done_again(scripts, whole, finished, name, kind):
+    path = finished / "run" / name
+    content = path.read_bytes()
+    path.unlink()
+    if DAMAGES[kind]:
+        path.write_bytes(DAMAGES[kind](content))
+    ended = scripts.run(TD, finished)
+    assert ended.status == 0, ended
+    what = "is damaged" if DAMAGES[kind] else "is missing"
+    assert f"run/{name}: {what}, so {FILES[name]} is done again\n" in ended.out
+    assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
+
+
+@pytest.mark.parametrize("damage", [flip, lambda content: content[:-50], lambda content: b""])
+def test_damaged_progress_is_named_and_the_step_begun_anew(scripts, whole, tmp_path, damage):
+    process = scripts.start([*TD, "--checkpoint_seconds", "0"], tmp_path)
+    wait_until(lambda: in_task(tmp_path, 2))
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
+    path = tmp_path / "run" / "task2_progress.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    ended = scripts.run(TD, tmp_path)
+    assert re.search(r"run/task2_progress.pt: .*; task2 begins anew\n", ended.out)
+    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda content: content[:-50],
+        lambda content: b"",
+        lambda content: b"[]",
+        lambda content: b'{"checksum": 1}',
+        lambda content: content.replace(b'"best": ', b'"best": 1', 1),
+    ],
+)
+def test_a_damaged_journal_is_an_error_and_nothing_is_touched(scripts, finished, damage):
+    path = finished / "run" / "run.json"
+    path.write_bytes(damage(path.read_bytes()))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    refused(scripts.run(TD, finished), "run/run.json", "damaged", "--overwrite")
+    lock = finished / "run" / ".lock"  # holds the id of the last process
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert before | {lock: b""} == after | {lock: b""}
+
+
+@pytest.mark.parametrize("name", ["results.json", "log_results.txt"])
+def test_damaged_records_are_written_anew(scripts, whole, finished, name):
+    (finished / "run" / name).write_text("{")
+    assert scripts.run(TD, finished).status == 0
+    assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
+
+
+def test_a_damaged_latest_mask_is_noticed(scripts, whole, tmp_path):
+    shutil.copytree(whole[0] / "BU", tmp_path / "BU")
+    path = tmp_path / "BU" / "run" / "current_mask.pt"
+    path.write_bytes(flip(path.read_bytes()))
+    ended = scripts.run(soak.COMMANDS["BU"].split(), tmp_path / "BU")
+    assert "run/current_mask.pt: is damaged, so task3_ticket is done again" in ended.out
+    assert soak.outcome(tmp_path / "BU") == soak.outcome(whole[0] / "BU")
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--seed 1", ["--seed 0 (now 1)"]),
+        ("--lr 0.1 --epochs 3", ["--epochs 2 (now 3)", "--lr 0.01 (now 0.1)"]),
+        ("--prune_scheduler 1,1,1", ["--prune_scheduler 1,2,3 (now 1,1,1)"]),
+        ("--decreasing_lr 1", ["--decreasing_lr 60,80 (now 1)"]),
+        ("--classes_per_classifier 1", ["--classes_per_classifier 2 (now 1)", "--data of content"]),
+        ("--precision bf16", ["--precision fp32 (now bf16)"]),
+        ("--deterministic", ["--deterministic False (now True)"]),
+    ],
+)
+def test_other_settings_are_listed_and_refused(scripts, finished, flags, words):
+    before = soak.outcome(finished)
+    line = refused(scripts.run([*TD, *flags.split()], finished), "--save_dir run", "--overwrite")
+    assert all(word in line for word in words) and line.count("(now") == len(words)
+    assert soak.outcome(finished) == before
+
+
+def test_another_script_is_refused(scripts, finished):
+    argv = f"main_CIL.py {soak.TINY}".split()
+    refused(scripts.run(argv, finished), "--save_dir run", "main_TD.py")
+
+
+def test_flags_that_change_no_result_may_differ(scripts, finished):
+    moved = finished / "moved"
+    (finished / "run").rename(moved)
+    flags = "--save_dir moved --print_freq 3 --gpu 1 --device cpu --checkpoint_seconds 7"
+    ended = scripts.run([*TD, *flags.split()], finished)
+    assert ended.status == 0 and "goes on after result_test" in ended.out
+
+
+def test_other_images_are_noticed(args, data, run):
+    Run("test", args, data, torch.device("cpu"))
+    data.train[3][0, 0, 0, 0] ^= 1
+    with pytest.raises(utils.Refusal, match="--data of content"):
+        Run("test", args, data, torch.device("cpu"))
+
+
+def test_results_without_a_journal_are_not_written_over(scripts, finished):
+    (finished / "run" / "run.json").unlink()
+    before = soak.outcome(finished)
+    refused(scripts.run(TD, finished), "--save_dir run", "run.json", "--overwrite")
+    assert soak.outcome(finished) == before
+    assert scripts.run([*TD, "--overwrite"], finished).status == 0
+
+
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, whole, finished):
+    run = finished / "run"
+    mine = [run / "notes.txt", run / "task9_best_model.pt", run / "data" / "task9_img.npy"]
+    for path in mine:
+        path.write_text("mine")
+    (run / ".task1_progress.pt.part").write_text("half")  # a killed one left it
+    process = scripts.start([*TD, "--overwrite", "--seed", "1"], finished)
+    wait_until(lambda: in_task(finished, 1) or (run / "task1_checkpoint.pt").exists())
+    os.kill(process, signal.SIGTERM)
+    assert scripts.wait().status == 143
+    left = {path.name for path in run.rglob("*") if path.is_file()} - {path.name for path in mine}
+    assert left <= {
+        *("run.json", "results.json", "log_results.txt", ".lock", "task0_checkpoint_weight.pt"),
+        *("task1_progress.pt", "task1_checkpoint.pt", "task1_best_model.pt"),
+    }
+    assert all(path.read_text() == "mine" for path in mine)
+    refused(scripts.run(TD, finished), "--seed 1 (now 0)")
+    assert scripts.run([*TD, "--overwrite"], finished).status == 0
+    for path in mine:
+        path.unlink()
+    assert soak.outcome(finished) == soak.outcome(whole[0] / "TD") | {
+        "results.json": json.loads(json.dumps(soak.outcome(finished)["results.json"]))
+    }
+
+
+def test_main_train_notices_another_ticket(scripts, whole, tmp_path):
+    for name in ("BU", "train"):
+        shutil.copytree(whole[0] / name, tmp_path / name)
+    argv = soak.COMMANDS["train"].split()
+    other = [word.replace("mask-3", "mask-1") for word in argv]
+    refused(scripts.run(other, tmp_path / "train"), "--mask of content")
+    shutil.copy(tmp_path / "BU/run/mask-3.pt", tmp_path / "same.pt")
+    same = [word.replace("../BU/run/mask-3.pt", "../same.pt") for word in argv]
+    assert scripts.run(same, tmp_path / "train").status == 0
+
+
+# ------------------------------------------------------------------------------ two at once
+
+
+def test_two_processes_on_one_folder(scripts, whole, tmp_path):
+    process = scripts.start(TD, tmp_path)
+    wait_until(lambda: (tmp_path / "run" / "task0_checkpoint_weight.pt").exists())
+    second = subprocess.run(
+        [sys.executable, ROOT / TD[0], *TD[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert second.returncode == 2 and second.stdout == ""
+    assert second.stderr == (
+        f"main_TD.py: --save_dir run: process {process} is at work in it; "
+        f"wait for it, or name another folder\n"
+    )
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
+    assert scripts.run(TD, tmp_path).status == 0  # the lock of a killed one does not block
+    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+# ------------------------------------------------------------------------------ the same bits
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(scripts, tmp_path):
+    ended = scripts.run([*TD, "--lr", "1e30", "--checkpoint_seconds", "0"], tmp_path)
+    refused(ended, "task1, epoch 1", "learning rate of 1e+30", "--lr")
+    assert {path.name for path in tmp_path.rglob("*.pt")} == {"task0_checkpoint_weight.pt"}
+
+
+def test_with_a_terminal_and_another_print_freq_the_bits_are_the_same(whole, tmp_path):
+    """A process started by itself, its progress bars on a terminal."""
+    master, slave = pty.openpty()
+    shown = []
+
+    def read():
+        with open(master, "rb", buffering=0) as terminal:
+            try:
+                while text := terminal.read(1000):
+                    shown.append(text)
+            except OSError:  # its other end is closed
+                pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    command = [sys.executable, ROOT / TD[0], *TD[1:], "--print_freq", "1"]
+    ended = subprocess.run(command, cwd=tmp_path, stdout=slave, stderr=slave)
+    os.close(slave)
+    reader.join()
+    assert ended.returncode == 0 and b"task3_prune1:" in b"".join(shown)  # a bar
+    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
+    for each in (found, wanted):
+        for name in ("run.json", "results.json"):
+            each[name]["config"].pop("print_freq", None)
+    assert found == wanted
+
+
+def test_deterministic_gives_the_same_masks_and_queries(scripts, whole, tmp_path):
+    """On a CPU, where it changes no more than how the k-th smallest is found."""
+    assert scripts.run([*TD, "--deterministic"], tmp_path).status == 0
+    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
+    for name, content in wanted.items():
+        assert name.endswith(".json") or found[name] == content
