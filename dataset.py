@@ -286,7 +286,9 @@ def read_prepared(name, source):
             raise Refusal(f"--data {source}: holds {meta['dataset']}, --dataset says {name}")
         parts = {}
         for part in PARTS:
-            with np.load(source / f"{name}_{file_of(part)}.npz", allow_pickle=False) as arrays:
+            path = source / f"{name}_{file_of(part)}.npz"
+            utils.check_archive(path)
+            with np.load(path, allow_pickle=False) as arrays:
                 parts[part] = {int(c): arrays[c] for c in arrays.files}
         pool = utils.load_array(source / f"{name}_pool.npy")
         names = {int(c): word for c, word in meta["names"].items()}

@@ -525,6 +525,22 @@ def load_arrays_pickle(path):
         raise Refusal(f"{path}: not a pickle of plain arrays ({first_line(error)})") from None
 
 
+def check_archive(path):
+    """Refuse a zip archive with damaged records, or compressed ones, which may become any size.
+
+    torch.save and np.savez compress nothing. Neither torch nor NumPy looks at all checksums.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise Refusal(f"{path}: {record.filename} is compressed, give it uncompressed")
+        damaged = archive.testzip()
+        if damaged:
+            raise Refusal(f"{path}: is damaged at {damaged}, get it anew")
+
+
 def load_checkpoint(path):
     """Read a checkpoint: ours, a published one, or a raw state dict; tensors on the CPU.
 
@@ -533,6 +549,7 @@ def load_checkpoint(path):
     CHECKPOINT_NAMES. Raises Refusal when there is no such file or it is no checkpoint.
     """
     try:
+        check_archive(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:

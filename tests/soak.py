@@ -4,9 +4,10 @@
     make soak                                 the same
 
 Every batch is followed by a checkpoint (--checkpoint_seconds 0), and half of the kills wait for a
-file write to come inside it, which a half-written file beside its name proves. Each script runs on the embedded digits in
-processes of its own; the same command is given again after each kill. In the end every file must
-be that of the undisturbed run, byte for byte, times in the JSON files aside.
+file write to come inside it, which a half-written file beside its name proves. Each script runs on
+the embedded digits in processes of its own; the same command is given again after each kill. In
+the end every file must be that of the undisturbed run, byte for byte, times in the JSON files
+aside.
 """
 
 import argparse

@@ -35,6 +35,8 @@ BASE = {
     "dataset.py": "",
     "report.py": "",
 }
+SET = "--dataset cifar10 --data set"
+DONE = SET + " --save_dir done"
 
 
 # ------------------------------------------------------------------------------ sound input
@@ -49,11 +51,12 @@ def part(count, side=32):
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory):
+def sound(tmp_path_factory, scripts):
     """A folder of sound input (and a few files that are not): what each case works in a copy of.
 
     set/ is prepared, published/ holds pickles, taught/ the soft labels of task 1, run/ the
-    records of a run; the checkpoints are of --width 4 and 3 tasks of 2 classes.
+    records of a run alone, done/ a finished run of main_CIL; the checkpoints are of --width 4 and
+    3 tasks of 2 classes.
     """
     folder = tmp_path_factory.mktemp("sound")
     for name in ("set", "published", "taught", "run", "empty"):
@@ -95,6 +98,8 @@ def sound(tmp_path_factory):
     utils.save(folder / "pruned.pt", dense.state_dict())
     wide = pruning_utils.masks_of(model(width=8))
     pruning_utils.save_masks(folder / "wide_mask.pt", wide)
+    ended = scripts.run(["main_CIL.py", *(BASE["main_CIL.py"] + DONE).split()], cwd=folder)
+    assert ended.status == 0, ended.err
     return folder
 
 
@@ -192,7 +197,6 @@ def one_pixel_set():
 
 # ------------------------------------------------------------------------------ the table
 
-SET = "--dataset cifar10 --data set"
 PUBLISHED = "--dataset cifar10 --data published"
 WEIGHT, MASK = "--weight dense.pt ", "--mask mask.pt "
 TICKET = WEIGHT + MASK
@@ -236,6 +240,13 @@ CASES = [
     ("seed-huge", "main_CIL.py", f"--seed {HUGE}", "--seed"),
     ("seed-ten-thousand-digits", "main_CIL.py", f"--seed {10000 * '9'}", "--seed"),
     ("gpu-negative", "main_CIL.py", "--gpu -1", "--gpu"),
+    (
+        "checkpoint-seconds-negative",
+        "main_TD.py",
+        "--checkpoint_seconds -1",
+        "--checkpoint_seconds",
+    ),
+    ("overwrite-with-a-value", "main_TD.py", "--overwrite=yes", "--overwrite"),
     ("print-freq-0", "main_CIL.py", "--print_freq 0", "--print_freq"),
     ("unlabel-num-0", "main_TD.py", "--unlabel_num 0", "--unlabel_num"),
     ("classifiers-0", "main_CIL.py", "--classifiers 0", "--classifiers"),
@@ -580,13 +591,18 @@ CASES = [
     ("save-dir-empty", "main_CIL.py", "--save_dir ''", "--save_dir"),
     ("save-data-path-empty", "main_CIL.py", "--save_data_path ''", "--save_data_path"),
     ("save-dir-name-too-long", "main_CIL.py", f"--save_dir {5000 * 'x'}", "--save_dir"),
+    ("save-dir-without-a-journal", "main_CIL.py", "--save_dir run", "run.json"),
+    ("save-dir-of-another-script", "main_TD.py", DONE, "--save_dir done"),
+    ("save-dir-of-another-lr", "main_CIL.py", DONE + " --lr 0.02", "--lr 0.01 (now 0.02)"),
     (
-        "save-dir-results-folder",
+        "save-dir-of-other-images",
         "main_CIL.py",
-        "--save_dir empty",
-        "empty/results.json",
-        folder("empty/results.json"),
+        DONE,
+        "--data of content",
+        array("set/cifar10_pool.npy", images(5, 32, 32, 3)),
     ),
+    ("save-dir-journal-flipped", "main_CIL.py", DONE, "done/run.json", flip("done/run.json")),
+    ("save-dir-journal-list", "main_CIL.py", DONE, "done/run.json", text("done/run.json", "[1]")),
     ("save-data-path-file", "main_CIL.py", "--save_data_path file", "file"),
     ("save-data-path-under-a-file", "main_TD.py", "--save_data_path file/data", "file/data"),
     # the soft labels of the task before
@@ -734,6 +750,7 @@ def test_bad_input_is_refused(copy, scripts, script, flags, named, damage):
         ("main_TD.py", ""),
         ("main_BU.py", SET),
         ("main_CIL.py", PUBLISHED),
+        ("main_CIL.py", DONE),
         ("main_train.py", TAUGHT),
         ("main_train.py", "--weight pruned.pt --mask pruned.pt --state 1"),
         ("test.py", "--pretrained dense.pt --state 3"),

@@ -122,8 +122,8 @@ def test_a_signal_stores_the_step_and_ends_the_run(scripts, whole, tmp_path, sig
     assert ended.status == 128 + signum
     (line,) = ended.err.splitlines()
     assert re.fullmatch(
-        f"main_TD.py: stopped by {signum.name}(, task2 is stored at epoch . of 2, after batch [0-9]+ "
-        f"of [0-9]+)?; give the same command again to go on",
+        f"main_TD.py: stopped by {signum.name}(, task2 is stored at epoch . of 2, after batch "
+        f"[0-9]+ of [0-9]+)?; give the same command again to go on",
         line,
     )
     assert in_task(tmp_path, 2) == ("stored" in line)
