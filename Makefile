@@ -1,5 +1,6 @@
 # make demo    the whole method on the embedded digits, in a few minutes on a CPU
 # make test    lint and all tests
+# make soak    kill runs at random moments, 120 times, and compare with undisturbed ones
 # make clean   remove demo/ and .venv/
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ DEMO = --dataset digits --width 8 --epochs 10 --decreasing_lr 7,9 --lr 0.05 --ba
 TICKETS = --iter_epochs 1
 REGROWTH = --max_iter_prun 16
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: demo/TD.done demo/BU.done demo/TR.done
 	@echo; echo "test.py on the result of main_TD, pruned:"
@@ -38,6 +39,9 @@ demo/TR.done: demo/BU.done
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q
+
+soak: $(VENV)/installed-dev
+	$(RUN) tests/soak.py --kills 120
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -266,8 +266,7 @@ class Run(utils.Record):
     def write_journal(self):
         self.journal["seconds"] = time.monotonic() - self.began
         text = json.dumps(self.journal | {"checksum": checksum_of(self.journal)}, indent=1)
-        path = self.path(self.prefix + "run.json")
-        utils.write_whole(path, lambda file: file.write(text.encode()))
+        utils.save_text(self.path(self.prefix + "run.json"), text)
 
 
 def checksum_of(content):

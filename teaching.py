@@ -6,6 +6,7 @@ METHOD.md section 5; section 3.3 of the paper. Files in --save_data_path, for ea
     task{t}_img.npy               uint8 [n,3,H,W], augmented once (published: float32, normalised)
     task{t}_dis_label.npy         float32 [n, t*c], logits of the random heads
     task{t}_dis_label_main.npy    float32 [n, t*c], logits of the balanced heads
+    task{t}_sha256sums.txt        their checksums, as sha256sum writes them (not published)
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ import utils
 from trainer import extract, make_task
 from utils import Refusal
 
+SUMS = "task{}_sha256sums.txt"
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 
 
@@ -101,11 +103,15 @@ def teach(model, data, run, t):
         "img": images,
     }
     names = {name: f"data/task{t}_{name}.npy" for name in files}
+    sums = f"data/{SUMS.format(t)}"
     # they belong together: without the images, which come last, they are none
-    run.remove(names["img"])
+    for name in (names["img"], sums):
+        run.remove(name)
     for name, tensor in files.items():
         run.keep(names[name], utils.save_array, tensor.cpu().numpy())
-    run.finish(step, *names.values())
+    lines = [f"{run.sums[name]}  {Path(name).name}\n" for name in names.values()]
+    run.keep(sums, utils.save_text, "".join(lines))
+    run.finish(step, *names.values(), sums)
 
 
 def lesson_files(args, t):
@@ -118,11 +124,16 @@ def lesson(data, args, t):
     """What task t learns from the teacher of task t-1: images, logits, logits_main; None for t = 1.
 
     images: uint8 [n,H,W,3], or float32 [n,3,H,W] from published files. Raises Refusal when a
-    file is missing or does not fit.
+    file is missing, does not fit, or is not what its checksum says (published ones have none).
     """
     if t == 1:
         return None
     folder, teacher = Path(args.save_data_path), t - 1
+    sums = folder / SUMS.format(teacher)
+    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else ():
+        checksum, _, name = line.partition("  ")
+        if utils.file_checksum(folder / name) != checksum:
+            raise Refusal(f"{folder / name}: is not what {sums} says; let the run make it again")
     images, labels, labels_main = map(utils.load_array, lesson_files(args, t))
     shape = (3, *data.pool.shape[1:3])
     kinds = (np.uint8, np.float32)

@@ -427,6 +427,11 @@ def to_cpu(content):
     return content
 
 
+def save_text(path, text):
+    """Write a text, wholly or not at all."""
+    return write_whole(path, lambda file: file.write(text.encode()))
+
+
 def save_array(path, array):
     """np.save of a plain array, wholly or not at all."""
     return write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
@@ -668,8 +673,7 @@ class Record:
         texts = {"results.json": json.dumps(self.results, indent=1) + "\n"}
         texts["log_results.txt"] = self.table()
         for name, text in texts.items() if self.folder else ():
-            path = Path(self.folder) / (self.prefix + name)
-            write_whole(path, lambda file, text=text: file.write(text.encode()))
+            save_text(Path(self.folder) / (self.prefix + name), text)
 
     def table(self):
         """The states as tab-separated lines under a line of names."""

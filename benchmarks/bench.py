@@ -399,7 +399,7 @@ def main(argv=None):
     print(table(results["rows"]))
     if args.out:
         text = json.dumps(results, indent=1) + "\n"
-        utils.write_whole(args.out, lambda file: file.write(text.encode()))
+        utils.save_text(args.out, text)
 
 
 if __name__ == "__main__":

@@ -696,9 +696,9 @@ CASES = [
 
 
 def tree():
-    """All that lies in the folder: path -> bytes, or None for a folder."""
+    """All that lies in the folder: path -> bytes, or None for a folder or a lock."""
     return {
-        str(path): path.read_bytes() if path.is_file() else None
+        str(path): path.read_bytes() if path.is_file() and path.name != ".lock" else None
         for path in sorted(Path().rglob("*"))
     }
 

@@ -1,6 +1,7 @@
 """Lottery teaching against METHOD.md section 5: the query, its files, reading them back."""
 
 import copy
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -156,7 +157,11 @@ def normalised(images):
 def test_files_of_teaching(teacher, data, args, run, t, n):
     teach(teacher, data, run, t)
     folder = Path(args.save_data_path)
-    assert {path.name for path in folder.iterdir()} == {f"task{t}_{name}.npy" for name in FILES}
+    names = [f"task{t}_{name}.npy" for name in FILES]
+    assert {path.name for path in folder.iterdir()} == {*names, f"task{t}_sha256sums.txt"}
+    lines = (folder / f"task{t}_sha256sums.txt").read_text().splitlines()
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    assert {line.split("  ")[1]: line.split("  ")[0] for line in lines} == sums
     found = {name: (array.dtype, array.shape) for name, array in arrays(args, t).items()}
     assert found == {
         "select_index": (np.int64, (n,)),
@@ -313,6 +318,17 @@ def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, a
     assert np.array_equal(images.numpy(), stored["img"].transpose(0, 2, 3, 1))
     assert np.array_equal(logits.numpy(), stored["dis_label"])
     assert np.array_equal(logits_main.numpy(), stored["dis_label_main"])
+
+
+@pytest.mark.parametrize("name", ["img", "dis_label", "dis_label_main"])
+def test_a_lesson_with_another_checksum_is_refused(teacher, data, args, run, name):
+    teach(teacher, data, run, 1)
+    path = Path(args.save_data_path) / f"task1_{name}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Refusal, match=f"task1_{name}.npy: is not what .*task1_sha256sums"):
+        teaching.lesson(data, args, 2)
 
 
 def test_select_index_is_not_needed(args, data):
