@@ -54,8 +54,7 @@ def parse(argv):
         "--select_on",
         choices=("test", "val"),
         default="test",
-        help="images on which tickets are chosen: the published code takes test (default), "
-        "the sound choice is val",
+        help="images that tickets are chosen on: test (published, default) or val (the sound one)",
     )
     args = parser.parse_args(argv)
     dataset.complete(args)
@@ -63,7 +62,7 @@ def parse(argv):
     return args
 
 
-def find_ticket(model, task, data, run, part, dense_accuracy):
+def find_ticket(model, task, data, run, dense_accuracy):
     """Task 1's ticket: prune and retrain, round after round, until the accuracy has decayed.
 
     model: task 1's dense best model. Returns the masks, the state retrained under them, and the
@@ -73,20 +72,19 @@ def find_ticket(model, task, data, run, part, dense_accuracy):
     for _ in range(args.max_iter_prun):
         pruned = pruning_utils.prune(pruning_utils.weights(model), masks, args.percent)
         sparsity = 100 - pruning_utils.density(pruned)
-        decay = run_round(model, task, data, run, part, dense_accuracy, pruned, rounds)
+        decay = run_round(model, task, data, run, dense_accuracy, pruned, rounds)
         if decay >= args.deacc and sparsity >= args.base_sparsity:
             break  # the mask of one pruning fewer is the ticket
         masks, state = pruned, pruning_utils.clone_state(model)
     if state is None:
         raise Refusal(
-            f"--percent {args.percent:g}: the first pruning already reaches --base_sparsity "
-            f"{args.base_sparsity:g} and loses {decay:.2f} points, so that there is no ticket; "
-            f"give a smaller --percent"
+            f"--percent {args.percent:g}: already the first pruning passes --base_sparsity and "
+            f"loses {decay:.2f} points, which leaves no ticket; give a smaller --percent"
         )
     return masks, state, rounds
 
 
-def regrow(model, task, data, run, part, dense_accuracy, current):
+def regrow(model, task, data, run, dense_accuracy, current):
     """A larger ticket for task t: prune the weights outside `current` until too few are left.
 
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
@@ -99,7 +97,7 @@ def regrow(model, task, data, run, part, dense_accuracy, current):
         sparsity = 100 - pruning_utils.density(pruned)
         if state and decay >= args.deacc and sparsity >= args.base_sparsity:
             break  # this pruning is undone
-        decay = run_round(model, task, data, run, part, dense_accuracy, pruned, rounds)
+        decay = run_round(model, task, data, run, dense_accuracy, pruned, rounds)
         too_few = decay > args.deacc and sparsity > args.base_sparsity
         if not too_few or not state:
             masks, state = pruned, pruning_utils.clone_state(model)
@@ -108,15 +106,15 @@ def regrow(model, task, data, run, part, dense_accuracy, current):
     return masks, state, rounds
 
 
-def run_round(model, task, data, run, part, dense_accuracy, masks, rounds):
+def run_round(model, task, data, run, dense_accuracy, masks, rounds):
     """Retrain under masks, with a new optimizer; add the round to `rounds`, return the decay.
 
     The model goes on from where it is. The decay is what is lost of `dense_accuracy` (percent) on
-    the images of `part`, of all classes so far, at the round's best epoch.
+    the --select_on images of all classes so far, at the round's best epoch.
     """
     pruning_utils.apply_mask(model, masks)
     step = f"task{task.t}_round{len(rounds) + 1}"
-    accuracy = retrain(model, task, data, run, step, part=part).best
+    accuracy = retrain(model, task, data, run, step, getattr(data, run.args.select_on)).best
     decay, density = dense_accuracy - accuracy, pruning_utils.density(masks)
     rounds.append({"density": density, "accuracy": accuracy, "decay": decay})
     run.say(
@@ -127,7 +125,7 @@ def run_round(model, task, data, run, part, dense_accuracy, masks, rounds):
 
 
 def take_ticket(run, t, find, *where):
-    """Task t's ticket: what find(*where) finds, stored as files. Returns the masks, the rounds."""
+    """Task t's ticket: what find(*where) finds, stored in files. Returns its masks and rounds."""
     step, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
     if not run.done(step):
         masks, state, rounds = find(*where)
@@ -143,13 +141,14 @@ def take_ticket(run, t, find, *where):
     return pruning_utils.load_masks(run.path(mask)), run.result(step)["rounds"]
 
 
-def stay(masks):
-    """The ticket where the mask does not cost too much: the same; no state, no rounds."""
-    return masks, None, []
-
-
-def mean(accuracies):
-    return sum(accuracies) / len(accuracies)
+def stay_or_regrow(model, task, data, run, dense_accuracy, accuracy, current):
+    """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow."""
+    cost = dense_accuracy - accuracy
+    if cost < run.args.accept_decay:
+        print(f"task {task.t}: the mask costs {cost:.2f} points, so it stays", flush=True)
+        return current, None, []
+    print(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows", flush=True)
+    return regrow(model, task, data, run, dense_accuracy, current)
 
 
 def main(argv=None):
@@ -158,25 +157,27 @@ def main(argv=None):
     data = dataset.load(args, device)
     model = make_model(args, device)
     run = Run("main_BU", args, data, device)
-    part = getattr(data, args.select_on)
 
-    def tested(which, t, on="test"):
-        """Accuracies of the model, which is `which`, on the test or val images of tasks 1..t."""
-        return run.once(f"task{t}_{which}_{on}", test, model, getattr(data, on), t, data, args)
+    def tested(which, t):
+        """Test accuracies of tasks 1..t, and the mean accuracy by which tickets are chosen."""
+        found = {
+            on: run.once(f"task{t}_{which}_{on}", test, model, getattr(data, on), t, data, args)
+            for on in ("test", args.select_on)
+        }
+        return found["test"], sum(found[args.select_on]) / t
 
     # task 1: dense, then its ticket
     task = teaching.taught_task(data, args, 1)
     dense = train_task(model, task, data, run, "task1")
     pruning_utils.load_state(model, dense.best_state)
-    dense_accuracy = tested("dense", 1)
-    reference = mean(tested("dense", 1, args.select_on))
+    dense_accuracy, dense_mean = tested("dense", 1)
     if args.classifiers > 1:
         teaching.teach(model, data, run, 1)
-    masks, rounds = take_ticket(run, 1, find_ticket, model, task, data, run, part, reference)
+    masks, rounds = take_ticket(run, 1, find_ticket, model, task, data, run, dense_mean)
     pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
     run.add(
         state=1,
-        accuracy=tested("ticket", 1),
+        accuracy=tested("ticket", 1)[0],
         density=pruning_utils.density(masks),
         ticket_density=pruning_utils.density(masks),
         dense_accuracy=dense_accuracy,
@@ -191,25 +192,17 @@ def main(argv=None):
         pruning_utils.load_state(model, start)
         dense = train_task(model, task, data, run, f"task{t}")
         pruning_utils.load_state(model, start, masks)
-        files = f"task{t}_prun_checkpoint.pt", f"task{t}_best_prun_model.pt"
-        masked = train_task(model, task, data, run, f"task{t}_prun", *files)
+        best = f"task{t}_best_prun_model.pt"
+        masked = train_task(model, task, data, run, f"task{t}_prun", best)
         pruning_utils.load_state(model, masked.best_state)
-        accuracy = tested("prun", t)
-        masked_mean = mean(tested("prun", t, args.select_on))
+        accuracy, masked_mean = tested("prun", t)
         pruning_utils.load_state(model, dense.best_state)
-        dense_accuracy = tested("dense", t)
-        dense_mean = mean(tested("dense", t, args.select_on))
+        dense_accuracy, dense_mean = tested("dense", t)
         if t < args.classifiers:
             teaching.teach(model, data, run, t)
         # re-grow where the mask costs too much
-        cost = dense_mean - masked_mean
-        verdict = "re-grows" if cost >= args.accept_decay else "stays"
-        run.say(f"task {t}: the mask costs {cost:.2f} points, so it {verdict}")
-        if cost >= args.accept_decay:
-            ticket = regrow, model, task, data, run, part, dense_mean, masks
-        else:
-            ticket = stay, masks
-        masks, rounds = take_ticket(run, t, *ticket)
+        where = model, task, data, run, dense_mean, masked_mean, masks
+        masks, rounds = take_ticket(run, t, stay_or_regrow, *where)
         run.add(
             state=t,
             accuracy=accuracy,

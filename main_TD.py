@@ -67,7 +67,8 @@ def prune_state(model, task, data, run):
         pruning_utils.apply_mask(model, masks)
         run.say(f"task {task.t}: pruning {number}, {pruning_utils.density(masks):.2f} % remain")
         if number < prunings:
-            retrain(model, task, data, run, f"task{task.t}_prune{number}", optimizer)
+            step = f"task{task.t}_prune{number}"
+            retrain(model, task, data, run, step, optimizer=optimizer)
 
 
 def rewind(model, t, initial, best, args, device):

@@ -97,10 +97,11 @@ class Run(utils.Record):
             ) from None
         except OSError:
             pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         LOCKS[str(path)] = file
+        with contextlib.suppress(OSError):  # on a full disk it stays without a name
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
 
     def read_journal(self):
         """What run.json holds, or None where there is none."""

@@ -218,7 +218,6 @@ def fit(
     milestones=(),
     optimizer=None,
     part=None,
-    checkpoint=None,
     best_model=None,
 ):
     """Train `model` on `task` for `epochs` epochs, in place: the one loop of all scripts.
@@ -228,12 +227,12 @@ def fit(
     from the last checkpoint, bit for bit as if nothing had been.
     optimizer: one to go on with; None: a new one. part: data.val or data.test, on whose images of
     all classes so far the accuracy is taken after every epoch; None: not at all.
-    checkpoint: file for the last epoch, by default '<step>_checkpoint.pt'; best_model: one for the
-    best (strictly better, so that a tie keeps the earlier), or None. Returns a Fit. Raises Refusal
-    when loss or weights are no longer finite.
+    The last epoch goes to the file '<step>_checkpoint.pt'; best_model: a file for the best one
+    (strictly better, so that a tie keeps the earlier), or None. Returns a Fit. Raises Refusal when
+    loss or weights are no longer finite.
     """
     optimizer = optimizer or make_optimizer(model, run.args, lr)
-    checkpoint = checkpoint or f"{step}_checkpoint.pt"
+    checkpoint = f"{step}_checkpoint.pt"
     if run.done(step):
         last = run.load(checkpoint)
         pruning_utils.load_state(model, last["state_dict"])
@@ -365,11 +364,10 @@ def refuse_not_finite(model, at, step, args, scheduler):
         )
 
 
-def train_task(model, task, data, run, step, checkpoint=None, best_model=None):
+def train_task(model, task, data, run, step, best_model=None):
     """Train a task with all its epochs (METHOD.md section 4) and say how it went. Returns the Fit.
 
-    checkpoint, best_model: names of the two files in --save_dir, if not '<step>_checkpoint.pt'
-    and '<step>_best_model.pt'.
+    best_model: name of the best epoch's file, if not '<step>_best_model.pt'.
     """
     args = run.args
     result = fit(
@@ -382,7 +380,6 @@ def train_task(model, task, data, run, step, checkpoint=None, best_model=None):
         args.lr,
         args.decreasing_lr,
         part=data.val,
-        checkpoint=checkpoint,
         best_model=best_model or f"{step}_best_model.pt",
     )
     run.say(
@@ -393,7 +390,7 @@ def train_task(model, task, data, run, step, checkpoint=None, best_model=None):
     return result
 
 
-def retrain(model, task, data, run, step, optimizer=None, part=None):
+def retrain(model, task, data, run, step, part=None, optimizer=None):
     """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns the Fit."""
     epochs, lr = run.args.iter_epochs, run.args.lr / 100
     return fit(model, task, data, run, step, epochs, lr, optimizer=optimizer, part=part)

@@ -209,7 +209,8 @@ def make_parser(description, save_dir):
     flag(
         "--overwrite",
         action="store_true",
-        help="begin anew: remove what a run of this script has written to --save_dir",
+        help="begin anew: remove what a run of this script has written to --save_dir (without it "
+        "the run goes on)",
     )
     flag = parser.add_argument_group("training").add_argument
     number = "(default %(default)s)"

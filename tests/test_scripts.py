@@ -129,7 +129,7 @@ def test_TD_follows_the_curriculum(tmp_path, monkeypatch):
 
     def retrain(model, task, data, run, step, optimizer):
         retrained.append((task.t, step, optimizer))
-        return real(model, task, data, run, step, optimizer)
+        return real(model, task, data, run, step, optimizer=optimizer)
 
     monkeypatch.setattr(main_TD, "retrain", retrain)
     started = starts(monkeypatch, main_TD)
@@ -241,6 +241,7 @@ def script_accuracies(monkeypatch):
 def bu_run(**changes):
     """A run of which its rounds need the arguments alone."""
     flags = {"percent": 0.2, "deacc": 2.0, "base_sparsity": 90.0, "max_iter_prun": 26}
+    flags["select_on"] = "test"
     return SimpleNamespace(args=SimpleNamespace(**flags | changes), say=print)
 
 
@@ -251,7 +252,7 @@ def model():
     return trainer.make_model(args, torch.device("cpu"))
 
 
-TASK = SimpleNamespace(t=1)
+TASK, DATA = SimpleNamespace(t=1), SimpleNamespace(test={})
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ TASK = SimpleNamespace(t=1)
 )
 def test_BU_task_1_ticket(script_accuracies, accuracies, prunings, why):
     script_accuracies(accuracies)
-    masks, state, rounds = main_BU.find_ticket(model(), TASK, None, bu_run(), None, 98.0)
+    masks, state, rounds = main_BU.find_ticket(model(), TASK, DATA, bu_run(), 98.0)
     assert pruning_utils.density(masks) == pytest.approx(100 * 0.8**prunings, abs=0.02), why
     assert len(rounds) == len(accuracies)
     assert all(torch.equal(m, masks[n]) for n, m in pruning_utils.extract_mask(state).items())
@@ -275,7 +276,7 @@ def test_BU_task_1_ticket(script_accuracies, accuracies, prunings, why):
 def test_BU_without_any_ticket_is_an_error(script_accuracies):
     script_accuracies([50])
     with pytest.raises(utils.Refusal, match="--percent 0.95"):
-        main_BU.find_ticket(model(), TASK, None, bu_run(percent=0.95), None, 98.0)
+        main_BU.find_ticket(model(), TASK, DATA, bu_run(percent=0.95), 98.0)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_BU_regrowth(script_accuracies, accuracies, prunings, changes, why):
     kept = pruning_utils.density(current)  # 10.74 %
     script_accuracies(accuracies)
     task = SimpleNamespace(t=2)
-    masks, state, rounds = main_BU.regrow(net, task, None, bu_run(**changes), None, 98.0, current)
+    masks, state, rounds = main_BU.regrow(net, task, DATA, bu_run(**changes), 98.0, current)
     expected = kept + (100 - kept) * 0.8**prunings
     assert pruning_utils.density(masks) == pytest.approx(expected, abs=0.03), why
     assert len(rounds) == len(accuracies)

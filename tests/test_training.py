@@ -737,7 +737,7 @@ def test_a_new_optimizer_unless_one_is_given(setting, args, run, data, monkeypat
     args.iter_epochs = 1
     given = trainer.make_optimizer(setting[0], args, 1.0)
     for number, optimizer in enumerate((None, None, given, given)):
-        trainer.retrain(*setting, data, run, f"round{number}", optimizer)
+        trainer.retrain(*setting, data, run, f"round{number}", optimizer=optimizer)
     one, two, three, four = seen["optimizers"]
     assert three is four is given and len({id(one), id(two), id(given)}) == 3
     for group in one.param_groups:
@@ -765,7 +765,7 @@ def test_momentum_is_kept_when_the_optimizer_is_given(args, run, data, monkeypat
     optimizer = trainer.make_optimizer(model, args, args.lr / 100) if given else None
     for number in (1, 2):
         pruning_utils.apply_mask(model, random_masks(model))
-        trainer.retrain(model, task, data, run, f"prune{number}", optimizer)
+        trainer.retrain(model, task, data, run, f"prune{number}", optimizer=optimizer)
         velocity = velocity if given else 0
         for _ in range(2):
             velocity = MOMENTUM * velocity + gradient + WEIGHT_DECAY * weight
