@@ -231,7 +231,7 @@ def fingerprint(data):
     digest = hashlib.sha256(repr((data.order, data.classes_per_classifier)).encode())
     for images in (*(getattr(data, part)[c] for part in PARTS for c in data.order), data.pool):
         digest.update(repr(images.shape).encode())
-        digest.update(images.cpu().numpy())
+        digest.update(images.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 

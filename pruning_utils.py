@@ -46,7 +46,7 @@ def prune(weights, masks, percent, kept=None):
     flat = torch.cat([masks[name].flatten() for name in weights])
     ranked = flat != 0
     if kept is not None:
-        ranked &= torch.cat([kept[name].flatten() for name in weights]) == 0
+        ranked &= torch.cat([kept[name].flatten() for name in weights]).to(flat.device) == 0
     magnitude = torch.cat([w.flatten() for w in weights.values()]).abs_()
     magnitude.masked_fill_(~ranked, torch.inf)
     count = round(percent * int(ranked.count_nonzero()))
