@@ -240,16 +240,19 @@ class Run(utils.Record):
         self.keep(f"{step}_progress.pt", utils.save, content)
         self.write_journal()  # the seconds
 
-    def progress(self, step):
-        """What save_progress() stored last; None if nothing, or if it is damaged."""
+    def progress(self, step, keys):
+        """What save_progress() stored last, a dict of these keys; None if nothing, or damaged."""
         path = self.path(f"{step}_progress.pt")
         if not path.exists():
             return None
         try:
-            return utils.load_checkpoint(path)
+            content = utils.load_checkpoint(path)
+            if content.keys() != keys:
+                raise Refusal(f"{path}: holds something else")
         except Refusal as damage:
             print(f"{damage}; {step} begins anew", flush=True)
             return None
+        return content
 
     # -------------------------------------------------------------------- records
 

@@ -275,7 +275,7 @@ def go_through(model, task, data, run, step, epochs, milestones, optimizer, part
         training=0.0,  # seconds of all epochs, validation aside
         seconds=0.0,
     )
-    if stored := run.progress(step):
+    if stored := run.progress(step, {*vars(at), "state_dict", "optimizer"}):
         pruning_utils.load_state(model, stored.pop("state_dict"))
         optimizer.load_state_dict(stored.pop("optimizer"))
         vars(at).update(stored, total=stored["total"].to(device))
@@ -324,10 +324,9 @@ def go_through(model, task, data, run, step, epochs, milestones, optimizer, part
                 scheduler.step()
                 at.epoch, at.batch, at.total = at.epoch + 1, 0, torch.zeros_like(at.total)
                 if bar.disable and time.monotonic() - said > WORD_SECONDS:
-                    words = f"accuracy {accuracy:.2f} %, " if part is not None else ""
-                    words += f"{at.images / at.training:.0f} images/s"
-                    said_epoch = f"{step}: epoch {at.epoch - 1}/{epochs}"
-                    print(f"{said_epoch}, loss {mean_loss:.3f}, {words}", flush=True)
+                    words = f"{step}: epoch {at.epoch - 1}/{epochs}, loss {mean_loss:.3f}"
+                    words += f", accuracy {accuracy:.2f} %" if part is not None else ""
+                    print(f"{words}, {at.images / at.training:.0f} images/s", flush=True)
                     said = time.monotonic()
         except utils.Interrupted as end:
             store()

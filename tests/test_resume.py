@@ -3,6 +3,7 @@
 What must come out is what the undisturbed run leaves, byte for byte (soak.outcome).
 """
 
+import io
 import json
 import os
 import pty
@@ -207,7 +208,13 @@ def test_a_damaged_file_is_named_and_its_step_done_again(scripts, whole, finishe
     assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
 
 
-@pytest.mark.parametrize("damage", [flip, lambda content: content[:-50], lambda content: b""])
+def something_else(content):
+    file = io.BytesIO()
+    torch.save({"epoch": 1}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-50], lambda c: b"", something_else])
 def test_damaged_progress_is_named_and_the_step_begun_anew(scripts, whole, tmp_path, damage):
     process = scripts.start([*TD, "--checkpoint_seconds", "0"], tmp_path)
     wait_until(lambda: in_task(tmp_path, 2))
