@@ -207,6 +207,8 @@ def load(args, device):
     facts = DATASETS[args.dataset]
     order = facts.order[: args.classifiers * args.classes_per_classifier]
     shape = pool.shape[1:]
+    if max(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
+        raise Refusal(f"{source}: found images of {list(shape)}, give at least 9x9")
     for part in PARTS:
         check_part(source, part, parts[part], order, shape)
     on_device = {
@@ -280,10 +282,11 @@ def file_of(part):
 
 
 def read_prepared(name, source):
+    path = source / "meta.json"
     try:
-        meta = json.loads((source / "meta.json").read_text())
+        meta = json.loads(path.read_text())
         if meta["dataset"] != name:
-            raise Refusal(f"--data {source}: holds {meta['dataset']}, --dataset says {name}")
+            raise Refusal(f"--data {source}: holds {meta['dataset']}, give it as --dataset")
         parts = {}
         for part in PARTS:
             path = source / f"{name}_{file_of(part)}.npz"
@@ -296,7 +299,10 @@ def read_prepared(name, source):
         raise
     except Exception as error:  # a damaged file can raise anything
         words = utils.first_line(error)
-        raise Refusal(f"--data {source}: damaged ({words}); delete it, prepare it anew") from None
+        raise Refusal(
+            f"--data {source}: {path.name} is damaged or missing ({words}); delete the folder, "
+            f"prepare it anew"
+        ) from None
     check_images(source / f"{name}_pool.npy", pool)
     return parts, pool, names
 
@@ -381,7 +387,7 @@ def prepare(name, folder, raw=None, unlabeled=None, per_class=None, seed=0):
         raise Refusal(f"--data {folder}: exists and is not empty; delete it or name another")
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
     if given and not raw.is_dir():
-        raise Refusal(f"--raw {raw}: no such folder")
+        raise Refusal(f"--raw {raw}: no such folder, give that of the official files")
     if given and raw.name in (CIFAR10.base_folder, CIFAR100.base_folder):
         raw = raw.parent
     if unlabeled:
@@ -474,9 +480,16 @@ def main(argv=None):
     parser = utils.Parser(__doc__)
     flag = parser.add_argument
     flag("--dataset", default="cifar10", metavar="NAME", help="cifar10 (default) or digits")
-    flag("--data", metavar="DIR", help="where the set goes (default data/<dataset>)")
-    flag("--raw", metavar="DIR", help="folder of the official files, so that nothing is downloaded")
-    flag("--unlabeled", metavar="FILE.npy", help="the pool, uint8 [n,32,32,3] (default: CIFAR-100)")
+    flag(
+        "--data",
+        type=utils.place,
+        metavar="DIR",
+        help="where the set goes (default data/<dataset>)",
+    )
+    words = "folder of the official files, so that nothing is downloaded"
+    flag("--raw", type=utils.place, metavar="DIR", help=words)
+    words = "the pool, uint8 [n,32,32,3] (default: CIFAR-100)"
+    flag("--unlabeled", type=utils.place, metavar="FILE.npy", help=words)
     flag(
         "--per_class",
         type=utils.whole(10),
@@ -492,7 +505,7 @@ def main(argv=None):
     wishes = {key: wish for key, wish in wishes.items() if wish is not None}
     if args.dataset == "digits":
         if wishes or args.raw:
-            raise Refusal("--dataset digits: embedded, there is nothing to choose but --data")
+            raise Refusal("--dataset digits: embedded, leave out all flags but --data")
     else:
         args.data = str(folder)
         if (folder / "meta.json").exists():

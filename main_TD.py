@@ -52,6 +52,11 @@ def parse(argv):
             f"--prune_scheduler {schedule}: found {len(args.prune_scheduler)} numbers, "
             f"give {args.classifiers}, one for each task"
         )
+    if (1 - args.percent) ** sum(args.prune_scheduler) < 1e-9:
+        raise Refusal(
+            f"--prune_scheduler {','.join(map(str, args.prune_scheduler))}: with --percent "
+            f"{args.percent:g} no weight would be left, give fewer prunings"
+        )
     return args
 
 

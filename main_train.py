@@ -20,11 +20,13 @@ def parse(argv):
     flag = parser.add_argument_group("the ticket").add_argument
     flag(
         "--weight",
+        type=utils.place,
         required=True,
         metavar="W",
         help="checkpoint to start from; its own mask is dropped",
     )
-    flag("--mask", required=True, metavar="M", help="mask file, or any pruned checkpoint")
+    words = "mask file, or any pruned checkpoint"
+    flag("--mask", type=utils.place, required=True, metavar="M", help=words)
     utils.add_state(flag, "task to train")
     args = parser.parse_args(argv)
     dataset.complete(args)

@@ -134,7 +134,7 @@ def refuse_misfit(model, dense, source):
 
     width, own = (rows(s, "conv1.weight") for s in (dense, wanted))
     if width and width != own:
-        raise Refusal(f"{source}: is of width {width}, this run has --width {own}")
+        raise Refusal(f"{source}: is of width {width}, this run has --width {own}; give the same")
     heads = [sum(key.startswith("linear.") for key in s) // 2 for s in (dense, wanted)]
     classes = [rows(s, "linear.0.weight") for s in (dense, wanted)]
     if heads[0] and (heads[0] != heads[1] or classes[0] != classes[1]):
@@ -160,7 +160,7 @@ def check_masks(model, masks, source):
         if name not in masks or name not in convs or masks[name].shape != convs[name].shape:
             raise Refusal(f"{source}: its masks do not fit this network at {name}, see --width")
         if not bool(((masks[name] == 0) | (masks[name] == 1)).all()):
-            raise Refusal(f"{source}: the mask of {name} holds more than zeros and ones")
+            raise Refusal(f"{source}: the mask of {name} is not of zeros and ones, give another")
 
 
 def rewind(model, state, scope="conv"):

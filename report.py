@@ -42,8 +42,12 @@ def read(folder):
             run["folder"] = Path(folder).name
             run["set"] = f"{run['config']['dataset']}, width {run['config']['width']}"
             run["last"] = run["points"][-1]
+            if run["script"] == "main_BU":
+                run["dense"] = [sum(row["dense_accuracy"]) / row["state"] for row in run["states"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise Refusal(f"{folder}: its results.json is damaged or has no state yet") from None
+        raise Refusal(
+            f"{folder}: results.json is damaged or has no state, give another run"
+        ) from None
     return runs
 
 
@@ -64,9 +68,13 @@ def curve(run):
     """
     states, tasks = run["states"], run["config"]["classifiers"]
     points = [
-        (row["state"], row["mean"], row["density"], row.get("ticket_density", row["density"]))
+        tuple(
+            float(v)
+            for v in (row["mean"], row["density"], row.get("ticket_density", row["density"]))
+        )
         for row in states
     ]
+    points = [(row["state"], *values) for row, values in zip(states, points)]
     if run["script"] == "main_TD" and len(points) > tasks:
         points[tasks - 1 :] = [(tasks, *points[tasks][1:])]
     return points
@@ -101,8 +109,9 @@ def picture(runs, path):
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         above.plot(xs, ys, line + marker, color=colour, label=label + final, ms=6)
         if run["script"] == "main_BU":
-            dense = [sum(row["dense_accuracy"]) / row["state"] for row in run["states"]]
-            above.plot(xs, dense, ":", color="0.4", lw=1.2, label="dense of the BU run (100 %)")
+            above.plot(
+                xs, run["dense"], ":", color="0.4", lw=1.2, label="dense of the BU run (100 %)"
+            )
     width = 0.8 / max(1, len(bars))
     for place, run in enumerate(bars):
         colour = STYLES[run["script"]][1]

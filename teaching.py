@@ -149,6 +149,8 @@ def lesson(data, args, t):
                 f"{folder}/task{teacher}_{name}.npy: found {array.dtype} {list(array.shape)}, "
                 f"give float32 {list(wanted)}"
             )
+        if not np.isfinite(array).all():
+            raise Refusal(f"{folder}/task{teacher}_{name}.npy: not finite, give another file")
     images, labels, labels_main = (
         torch.from_numpy(array).to(data.pool.device) for array in (images, labels, labels_main)
     )

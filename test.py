@@ -20,7 +20,8 @@ from utils import Refusal
 def parse(argv):
     parser = utils.make_parser(__doc__, "none: nothing is written")
     flag = parser.add_argument_group("the model").add_argument
-    flag("--pretrained", required=True, metavar="P", help="checkpoint to test")
+    words = "checkpoint to test"
+    flag("--pretrained", type=utils.place, required=True, metavar="P", help=words)
     flag("--pruned", action="store_true", help="it is a pruned one")
     utils.add_state(flag, "task whose classes, with all before, are told apart")
     args = parser.parse_args(argv)

@@ -55,6 +55,7 @@ def run(main):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    words = " ".join(str(words).splitlines())  # what was typed may hold line breaks
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(status)
 
@@ -118,23 +119,45 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message):
         raise Refusal(f"{message} (--help lists the flags)")
 
 
-def whole(least):
-    """An argparse type: whole numbers of at least `least`."""
+def shortened(text):
+    """What was typed, for a message."""
+    return repr(text if len(text) <= 50 else text[:50] + "...")
+
+
+def place(text):
+    """An argparse type: names of files and folders, there or not."""
+    try:
+        os.lstat(text)
+        return text
+    except (FileNotFoundError, NotADirectoryError):
+        if text:
+            return text
+        words = "found nothing"
+    except OSError as error:
+        words = f"found {shortened(text)} ({first_line(error)})"
+    raise argparse.ArgumentTypeError(f"{words}, give the name of a file or folder")
+
+
+def whole(least, most=2**63 - 1):
+    """An argparse type: whole numbers from `least` to `most`."""
 
     def convert(text):
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            message = f"found {text!r}, give a whole number of at least {least}"
+        if not least <= value <= most:
+            top = "" if most == 2**63 - 1 else f" and at most {most}"
+            message = f"found {shortened(text)}, give a whole number of at least {least}{top}"
             raise argparse.ArgumentTypeError(message)
         return value
 
@@ -156,8 +179,9 @@ def real(words, accept):
     return convert
 
 
-positive = real("a number above 0", lambda v: v > 0)
-not_negative = real("a number of at least 0", lambda v: v >= 0)
+# PyTorch refuses factors beyond float32
+positive = real("a number above 0 and below 1e38", lambda v: 0 < v < 1e38)
+not_negative = real("a number of at least 0 and below 1e38", lambda v: 0 <= v < 1e38)
 share = real("a share between 0 and 1", lambda v: 0 < v < 1)
 percentage = real("a percentage from 0 to below 100", lambda v: 0 <= v < 100)
 any_number = real("a number", lambda v: True)
@@ -176,7 +200,12 @@ def make_parser(description, save_dir):
     parser = Parser(description)
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset", default="cifar10", metavar="NAME", help="cifar10 (default) or digits")
-    flag("--data", metavar="DIR", help="prepared or published data set (default data/<dataset>)")
+    flag(
+        "--data",
+        type=place,
+        metavar="DIR",
+        help="prepared or published data set (default data/<dataset>)",
+    )
     flag("--classifiers", type=whole(1), metavar="T", help="number of tasks (default: the set's)")
     flag(
         "--classes_per_classifier",
@@ -192,9 +221,11 @@ def make_parser(description, save_dir):
         help="pool images that each exemplar queries (default %(default)s)",
     )
     flag = parser.add_argument_group("files").add_argument
-    flag("--save_dir", metavar="DIR", help=f"where the run's files go (default {save_dir})")
+    words = f"where the run's files go (default {save_dir})"
+    flag("--save_dir", type=place, metavar="DIR", help=words)
     flag(
         "--save_data_path",
+        type=place,
         metavar="DIR",
         help="queried images and soft labels (default <save_dir>/data)",
     )
@@ -230,7 +261,7 @@ def make_parser(description, save_dir):
     flag = parser.add_argument_group("network and machine").add_argument
     flag(
         "--width",
-        type=whole(1),
+        type=whole(1, 4096),
         default=64,
         metavar="N",
         help=f"channels of the first layer {number}",
@@ -281,6 +312,11 @@ def settle(args, save_dir, trains=True):
         )
     args.save_dir = args.save_dir or save_dir.format(args.dataset)
     args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
+    for key in ("save_dir", "save_data_path") if trains else ():
+        path = getattr(args, key)
+        there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+        if not there.is_dir():
+            raise Refusal(f"--{key} {path}: {there} is a file, give another folder")
 
 
 def add_pruning_flags(flag):
@@ -443,9 +479,10 @@ def load_array(path):
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such file") from None
+        raise Refusal(f"{path}: no such file, give a .npy array") from None
     except Exception as error:  # a damaged file can raise anything
-        raise Refusal(f"{path}: not a plain .npy array ({first_line(error)})") from None
+        words = f"not a plain .npy array ({first_line(error)}), give another file"
+        raise Refusal(f"{path}: {words}") from None
     if not isinstance(array, np.ndarray):
         raise Refusal(f"{path}: found an archive, give a plain .npy array")
     return array
@@ -528,7 +565,8 @@ def load_arrays_pickle(path):
         with open(path, "rb") as file:
             return restricted(ARRAY_NAMES).load(file, encoding="latin1")
     except Exception as error:  # a hostile pickle can raise anything
-        raise Refusal(f"{path}: not a pickle of plain arrays ({first_line(error)})") from None
+        words = f"not a pickle of plain arrays ({first_line(error)}), give a sound copy"
+        raise Refusal(f"{path}: {words}") from None
 
 
 def check_archive(path):
@@ -572,11 +610,12 @@ def load_checkpoint(path):
                 pickle_module=restricted(CHECKPOINT_NAMES),
             )
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such file") from None
+        raise Refusal(f"{path}: no such file, give a checkpoint") from None
     except Refusal:
         raise
     except Exception as error:  # a hostile or damaged file can raise anything
-        raise Refusal(f"{path}: not a checkpoint that can be read ({first_line(error)})") from None
+        words = f"not a checkpoint that can be read ({first_line(error)}), give another file"
+        raise Refusal(f"{path}: {words}") from None
     if not isinstance(content, dict):
         raise Refusal(f"{path}: found {type(content).__name__}, give a checkpoint or state dict")
     return content
@@ -587,9 +626,15 @@ def read_state(path):
     content = load_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
-        raise Refusal(f"{path}: holds no state dict")
+        raise Refusal(f"{path}: holds no state dict, give a checkpoint")
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise Refusal(f"{path}: holds no state dict (something in it is no named tensor)")
+        raise Refusal(
+            f"{path}: holds no state dict (something in it is no named tensor), give a checkpoint"
+        )
+    for key, value in state.items():
+        plain = not value.is_meta and value.layout is torch.strided
+        if not plain or not (key.endswith(".weight_mask") or bool(value.isfinite().all())):
+            raise Refusal(f"{path}: {key} holds no finite numbers, give another file")
     return OrderedDict(state)
 
 

@@ -22,7 +22,7 @@ import utils
 LIMIT = 60  # seconds after which a run that should have been refused is ended
 PARTS = {"train": 3, "val": 1, "test": 1, "save_100": 2}  # images of each class
 HUGE = "1" + 400 * "0"
-ADVICE = re.compile(r"\b(give|add|leave|delete|make|name|prepare|put|try|see)\b|--help")
+ADVICE = re.compile(r"\b(give|add|leave|delete|get|make|name|prepare|put|try|see)\b|--help")
 
 # What goes before a case's own flags: tiny runs, so that an accepted case does not take long.
 TINY = "--dataset digits --classifiers 3 --width 4 --epochs 1 --batch_size 64 --unlabel_num 1 "
