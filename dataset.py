@@ -287,14 +287,18 @@ def read_prepared(name, source):
         meta = json.loads(path.read_text())
         if meta["dataset"] != name:
             raise Refusal(f"--data {source}: holds {meta['dataset']}, give it as --dataset")
+        names = {int(c): word for c, word in meta["names"].items()}
+        if not all(isinstance(word, str) for word in names.values()):
+            raise ValueError("names are text")
         parts = {}
         for part in PARTS:
             path = source / f"{name}_{file_of(part)}.npz"
             utils.check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
                 parts[part] = {int(c): arrays[c] for c in arrays.files}
+                if len(parts[part]) < len(arrays.files):
+                    raise ValueError("a class is there twice")
         pool = utils.load_array(source / f"{name}_pool.npy")
-        names = {int(c): word for c, word in meta["names"].items()}
     except Refusal:
         raise
     except Exception as error:  # a damaged file can raise anything

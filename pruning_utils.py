@@ -149,6 +149,10 @@ def refuse_misfit(model, dense, source):
     ]
     if differing:
         raise Refusal(f"{source}: does not fit this network at {differing[0]}, give another file")
+    for key, value in dense.items():  # after their shapes: one value can be expanded to any number
+        if value.dtype != wanted[key].dtype or not bool(value.isfinite().all()):
+            words = f"holds no finite {wanted[key].dtype} numbers, give another file"
+            raise Refusal(f"{source}: {key} {words}")
 
 
 def check_masks(model, masks, source):
@@ -159,6 +163,8 @@ def check_masks(model, masks, source):
     for name in {**convs, **masks}:
         if name not in masks or name not in convs or masks[name].shape != convs[name].shape:
             raise Refusal(f"{source}: its masks do not fit this network at {name}, see --width")
+        if masks[name].dtype not in (torch.float32, convs[name].dtype):
+            raise Refusal(f"{source}: the mask of {name} is {masks[name].dtype}, give float32")
         if not bool(((masks[name] == 0) | (masks[name] == 1)).all()):
             raise Refusal(f"{source}: the mask of {name} is not of zeros and ones, give another")
 

@@ -35,6 +35,7 @@ def read(folder):
     try:
         runs = [json.loads(path.read_text()) for path in paths]
         for run in runs:
+            check(run)
             run["points"] = curve(run)
             run["name"] = STYLES[run["script"]][0]
             if run["script"] in ("main_train", "test"):
@@ -44,11 +45,30 @@ def read(folder):
             run["last"] = run["points"][-1]
             if run["script"] == "main_BU":
                 run["dense"] = [sum(row["dense_accuracy"]) / row["state"] for row in run["states"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Refusal(
             f"{folder}: results.json is damaged or has no state, give another run"
         ) from None
     return runs
+
+
+def check(run):
+    """Raise ValueError unless a run's numbers are numbers that can be drawn."""
+
+    def number(value, least, most):
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ValueError
+
+    config = run["config"]
+    for tasks in (config["classifiers"], *(row["state"] for row in run["states"])):
+        number(tasks, 1, 1000)
+        range(tasks)  # whole
+    for row in run["states"]:
+        shares = [row["mean"], row["density"], row.get("ticket_density", 0), *row["accuracy"]]
+        for value in shares + (row["dense_accuracy"] if run["script"] == "main_BU" else []):
+            number(value, 0, 100)
+    if "$" in str(config["dataset"]):  # which starts a formula in a picture
+        raise ValueError
 
 
 def labels_of(runs):

@@ -130,10 +130,11 @@ def lesson(data, args, t):
         return None
     folder, teacher = Path(args.save_data_path), t - 1
     sums = folder / SUMS.format(teacher)
-    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else ():
-        checksum, _, name = line.partition("  ")
-        if utils.file_checksum(folder / name) != checksum:
-            raise Refusal(f"{folder / name}: is not what {sums} says; let the run make it again")
+    lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else ()
+    known = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+    for path in lesson_files(args, t):
+        if path.name in known and utils.file_checksum(path) != known[path.name]:
+            raise Refusal(f"{path}: is not what {sums} says; let the run make it again")
     images, labels, labels_main = map(utils.load_array, lesson_files(args, t))
     shape = (3, *data.pool.shape[1:3])
     kinds = (np.uint8, np.float32)
@@ -149,6 +150,7 @@ def lesson(data, args, t):
                 f"{folder}/task{teacher}_{name}.npy: found {array.dtype} {list(array.shape)}, "
                 f"give float32 {list(wanted)}"
             )
+    for name, array in (("img", images), ("dis_label", labels), ("dis_label_main", labels_main)):
         if not np.isfinite(array).all():
             raise Refusal(f"{folder}/task{teacher}_{name}.npy: not finite, give another file")
     images, labels, labels_main = (

@@ -15,6 +15,7 @@ import signal
 import sys
 import tarfile
 import types
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -55,8 +56,7 @@ def run(main):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    words = " ".join(str(words).splitlines())  # what was typed may hold line breaks
-    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {shown(words)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -97,6 +97,12 @@ def check_signals():
     if Signals.came:
         signum, Signals.came = Signals.came, None
         raise Interrupted(signum)
+
+
+def shown(words, most=800):
+    """Words, what was typed and what a file holds among them, as one line for a terminal."""
+    line = "".join(c if c.isprintable() else " " for c in str(words))
+    return line if len(line) <= most else f"{line[: most // 2]}...{line[-most // 2 :]}"
 
 
 def keep_freed_memory():
@@ -543,20 +549,53 @@ for core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
 def restricted(names):
     """A stand-in for the pickle module whose Unpickler admits exactly `names`.
 
-    names: dict (module, name) -> what to put there.
+    names: dict (module, name) -> what to put there. `storages` and `loaded` of what is returned:
+    the keys of torch's storages that were asked for, and what load() gave.
     """
+    storages, loaded = set(), []
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):
+        """The one in Python: for nine bytes, the one in C fills gigabytes with an empty memo."""
+
         def find_class(self, module, name):
             try:
                 return names[module, name]
             except KeyError:
                 raise pickle.UnpicklingError(f"it names {module}.{name}") from None
 
-    def load(file, **options):
-        return Unpickler(file, **options).load()
+        def build(self):
+            """A state fills arrays and stand-ins, but changes no function, class, dtype, dict."""
+            made, state = self.stack[-2:]
+            if isinstance(made, OrderedDict):  # torch's _metadata, of no use here
+                self.stack.pop()
+                return
+            if isinstance(made, np.dtype):  # but for the byte order, as it is
+                if state[2:] != made.__reduce__()[2][2:]:
+                    raise pickle.UnpicklingError("it forges a dtype")
+            elif not isinstance(made, (Inert, np.ndarray)):
+                raise pickle.UnpicklingError(f"it changes a {type(made).__name__}")
+            self.load_build()
 
-    return types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="restricted")
+        def persistent(self):
+            """Storages alone: for other ids torch reads sources, and writes patches of them."""
+            saved_id = self.stack[-1]
+            if not isinstance(saved_id, tuple) or saved_id[:1] not in (("storage",), (b"storage",)):
+                raise pickle.UnpicklingError("it asks for something that is no storage")
+            storages.add(saved_id[2])
+            self.load_binpersid()
+
+        dispatch = pickle._Unpickler.dispatch | {
+            pickle.BUILD[0]: build,
+            pickle.BINPERSID[0]: persistent,
+        }
+
+    def load(file, **options):
+        loaded.append(Unpickler(file, **options).load())
+        return loaded[-1]
+
+    return types.SimpleNamespace(
+        Unpickler=Unpickler, load=load, storages=storages, loaded=loaded, __name__="restricted"
+    )
 
 
 def load_arrays_pickle(path):
@@ -580,6 +619,9 @@ def check_archive(path):
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise Refusal(f"{path}: {record.filename} is compressed, give it uncompressed")
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise Refusal(f"{path}: holds two records of one name, get it anew")
         damaged = archive.testzip()
         if damaged:
             raise Refusal(f"{path}: is damaged at {damaged}, get it anew")
@@ -594,21 +636,9 @@ def load_checkpoint(path):
     """
     try:
         check_archive(path)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                        raise Refusal(f"{path}: a TorchScript archive, give a checkpoint") from None
-            elif tarfile.is_tarfile(path):
-                raise Refusal(f"{path}: a tar archive, give a checkpoint") from None
-            content = torch.load(
-                path,
-                map_location="cpu",
-                weights_only=False,
-                pickle_module=restricted(CHECKPOINT_NAMES),
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a refusal is one line
+            content = load_zip(path) if zipfile.is_zipfile(path) else load_legacy(path)
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file, give a checkpoint") from None
     except Refusal:
@@ -618,7 +648,33 @@ def load_checkpoint(path):
         raise Refusal(f"{path}: {words}") from None
     if not isinstance(content, dict):
         raise Refusal(f"{path}: found {type(content).__name__}, give a checkpoint or state dict")
+    return dict(dict.items(content))  # an OrderedDict's own methods can be the file's
+
+
+def load_zip(path):
+    """What torch.save has written since 1.6."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("constants.pkl") for name in archive.namelist()):
+            raise Refusal(f"{path}: a TorchScript archive, give a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return load_published(path, restricted(CHECKPOINT_NAMES))
+
+
+def load_legacy(path):
+    """What torch.save wrote before. Raises Refusal if the file does not fill all its storages."""
+    if tarfile.is_tarfile(path):
+        raise Refusal(f"{path}: a tar archive, give a checkpoint")
+    names = restricted(CHECKPOINT_NAMES)
+    content = load_published(path, names)
+    if not names.storages <= set(names.loaded[-1]):  # weights would be what was in memory
+        raise Refusal(f"{path}: lacks the values of some tensors, give another file")
     return content
+
+
+def load_published(path, names):
+    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=names)
 
 
 def read_state(path):
@@ -627,15 +683,15 @@ def read_state(path):
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
         raise Refusal(f"{path}: holds no state dict, give a checkpoint")
-    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in dict.items(state)):
         raise Refusal(
             f"{path}: holds no state dict (something in it is no named tensor), give a checkpoint"
         )
-    for key, value in state.items():
-        plain = not value.is_meta and value.layout is torch.strided
-        if not plain or not (key.endswith(".weight_mask") or bool(value.isfinite().all())):
-            raise Refusal(f"{path}: {key} holds no finite numbers, give another file")
-    return OrderedDict(state)
+    for key, value in dict.items(state):
+        odd = value.is_meta or value.is_quantized or value.is_nested
+        if odd or value.layout is not torch.strided:
+            raise Refusal(f"{path}: {key} is no plain tensor, give another file")
+    return OrderedDict(dict.items(state))
 
 
 # ------------------------------------------------------------------------------ records

@@ -1,0 +1,844 @@
+"""Hostile and broken files at every door by which a file comes in, by the real command lines.
+
+Each is refused: exit status 2, one line that names the file, no traceback; nothing is done, nothing
+written, little memory taken. KINDS holds, for each door, the kinds of file that are tried there.
+"""
+
+import contextlib
+import copyreg
+import functools
+import io
+import json
+import os
+import pickle
+import pickletools
+import re
+import resource
+import shutil
+import subprocess
+import warnings
+import zipfile
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoints import PLAIN, call, hostile_file, hostile_pickle, npy, reduced
+from torch import nn
+
+import pruning_utils
+from models import ResNet
+
+PETA = 10**15  # no machine has memory for so many of anything
+
+# ------------------------------------------------------------------------------ doors
+
+
+class Door(NamedTuple):
+    command: str
+    path: str  # the file, beside sound ones; told as 'a/b' or 'a: ... b'
+    also: str = ""  # words that name the file as well as its path does
+
+
+ONE_EPOCH = "--width 4 --epochs 1 --batch_size 48 --device cpu"
+DIGITS = f"--dataset digits --classifiers 2 --state 2 {ONE_EPOCH}"
+TRAIN = (
+    f"main_train.py --weight weight.pt --mask mask.pt --save_data_path soft --save_dir out {DIGITS}"
+)
+CIL = f"main_CIL.py --classifiers 1 --save_dir out {ONE_EPOCH} --data"
+
+DOORS = {
+    "pretrained": Door(f"test.py --pretrained weight.pt {DIGITS}", "weight.pt"),
+    "weight": Door(TRAIN, "weight.pt"),
+    "mask": Door(TRAIN, "mask.pt"),
+    "img": Door(TRAIN, "soft/task1_img.npy"),
+    "dis_label": Door(TRAIN, "soft/task1_dis_label.npy"),
+    "dis_label_main": Door(TRAIN, "soft/task1_dis_label_main.npy"),
+    "pool": Door(f"{CIL} prepared", "prepared/cifar10_pool.npy"),
+    "unlabeled": Door("dataset.py --data out --raw raw --unlabeled pool.npy", "pool.npy"),
+    "meta": Door(f"{CIL} prepared", "prepared/meta.json", "prepared: holds "),
+    "published_pool": Door(f"{CIL} published", "published/cifar10_80m_150k.pkl"),
+    "results": Door("report.py run --out out", "run/results.json"),
+}
+PARTS = {"train": "train", "val": "val", "test": "test", "save_100": "exemplars"}
+for file, part in PARTS.items():
+    for folder, suffix in (("prepared", "npz"), ("published", "pkl")):
+        path = f"{folder}/cifar10_{file}.{suffix}"
+        DOORS[f"{folder}_{part}"] = Door(f"{CIL} {folder}", path, f"{folder}: {part}")
+
+RUN = {
+    "script": "main_CIL",
+    "config": {"classifiers": 2, "dataset": "digits", "width": 4},
+    "states": [
+        {"state": 1, "accuracy": [90.0], "mean": 90.0, "density": 100.0},
+        {"state": 2, "accuracy": [80.0, 70.0], "mean": 75.0, "density": 100.0},
+    ],
+}
+META = {"dataset": "cifar10", "names": {"9": "truck", "8": "ship"}}
+
+
+def images(n):
+    return np.random.RandomState(n).randint(0, 256, (n, 12, 12, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A folder with a sound file for each door."""
+    folder = tmp_path_factory.mktemp("sound")
+    for name in ("soft", "prepared", "published", "raw", "run"):
+        (folder / name).mkdir()
+    torch.manual_seed(0)
+    model = ResNet(2, 2, width=4)
+    torch.save(model.state_dict(), folder / "weight.pt")
+    pruning_utils.save_masks(folder / "mask.pt", pruning_utils.masks_of(model))
+    np.save(folder / "soft/task1_img.npy", np.zeros((5, 3, 32, 32), np.float32))
+    for name in ("dis_label", "dis_label_main"):
+        np.save(folder / f"soft/task1_{name}.npy", np.zeros((5, 2), np.float32))
+    parts = {9: images(7), 8: images(6)}
+    for name in PARTS:
+        np.savez(folder / f"prepared/cifar10_{name}.npz", **{str(c): parts[c] for c in parts})
+        (folder / f"published/cifar10_{name}.pkl").write_bytes(pickle.dumps(parts))
+    np.save(folder / "prepared/cifar10_pool.npy", images(9))
+    np.save(folder / "pool.npy", images(9))
+    pool = {"data": images(9), "label": np.arange(9)}
+    (folder / "published/cifar10_80m_150k.pkl").write_bytes(pickle.dumps(pool))
+    (folder / "prepared/meta.json").write_text(json.dumps(META))
+    (folder / "run/results.json").write_text(json.dumps(RUN))
+    return folder
+
+
+# ------------------------------------------------------------------------------ payloads
+
+
+def put(value):
+    """The opcodes that put a plain value on the stack."""
+    return pickletools.optimize(pickle.dumps(value, 2))[2:-1]
+
+
+def named(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def dotted(module, name):
+    """The same with STACK_GLOBAL, which goes on into attributes: ('os', 'path.join')."""
+    return b"".join(b"\x8c%c%s" % (len(word), word.encode()) for word in (module, name)) + b"\x93"
+
+
+def shell(marker):
+    return f"echo > {marker}"
+
+
+def python(marker):
+    return f"open({str(marker)!r}, 'w').close()"
+
+
+SYSTEM = named("os", "system")
+OS = named("importlib", "import_module") + put("os") + b"\x85R"
+
+
+class System:
+    def __init__(self, marker):
+        self.recipe = os.system, (shell(marker),)
+
+    def __reduce__(self):
+        return self.recipe
+
+
+def by_getattr(marker):
+    system = named("builtins", "getattr") + OS + put("system") + b"\x86R"
+    return b"\x80\x02" + system + put(shell(marker)) + b"\x85R."
+
+
+def by_attrgetter(marker):
+    system = named("operator", "attrgetter") + put("system") + b"\x85R" + OS + b"\x85R"
+    return b"\x80\x02" + system + put(shell(marker)) + b"\x85R."
+
+
+def by_ctypes(marker):
+    library = dotted("numpy.ctypeslib", "ctypes.CDLL") + b"N\x85R"
+    system = named("builtins", "getattr") + library + put("system") + b"\x86R"
+    words = shell(marker).encode()
+    return b"\x80\x04" + system + b"B" + len(words).to_bytes(4, "little") + words + b"\x85R."
+
+
+def by_state(marker):
+    """One state makes an attribute of what is called with the next."""
+    made = named("collections", "OrderedDict") + b")R}" + put("__setstate__") + SYSTEM + b"sb"
+    return b"\x80\x02" + made + put(shell(marker)) + b"b."
+
+
+def by_numpy_load(marker):
+    file = io.BytesIO()
+    np.save(file, np.array([System(marker)], dtype=object), allow_pickle=True)
+    return pickle.dumps(reduced(np.load, (io.BytesIO(file.getvalue()), None, True)))
+
+
+def by_torch_load(marker):
+    file = io.BytesIO(hostile_file("zip", hostile_pickle("os.system", marker)))
+    return pickle.dumps(reduced(functools.partial(torch.load, file, weights_only=False), ()))
+
+
+def by_torch_hub(marker):
+    folder = marker.parent / "hub"
+    folder.mkdir(exist_ok=True)
+    (folder / "hubconf.py").write_text(python(marker))
+    return pickle.dumps(reduced(torch.hub._load_local, (str(folder), "model")))
+
+
+OWN = ("os.system", "posix.system", "builtins.eval", "builtins.exec", "__builtin__.eval", "nested")
+PAYLOADS = {kind: functools.partial(hostile_pickle, kind) for kind in OWN} | {
+    "subprocess.call": lambda m: pickle.dumps(reduced(subprocess.call, (["touch", str(m)],))),
+    "subprocess.Popen": lambda m: pickle.dumps(reduced(subprocess.Popen, (["touch", str(m)],))),
+    "getattr": by_getattr,
+    "attrgetter": by_attrgetter,
+    "torch.load": by_torch_load,
+    "torch.hub": by_torch_hub,
+    "torch.collect_env": lambda m: call("torch.utils.collect_env", "run", shell(m)),
+    "numpy.load": by_numpy_load,
+    "numpy.objects": lambda m: pickle.dumps(np.array([System(m)], dtype=object)),
+    "numpy.f2py": lambda m: call("numpy.f2py.crackfortran", "myeval", python(m)),
+    "numpy.runstring": lambda m: (
+        b"\x80\x02" + named("numpy.testing", "runstring") + put(python(m)) + b"}\x86R."
+    ),
+    "numpy.ctypeslib": by_ctypes,
+    "protocol_0": lambda m: SYSTEM + f"(S{shell(m)!r}\ntR.".encode(),
+    "protocol_5": lambda m: pickle.dumps(System(m), 5),
+    "INST": lambda m: f"(S{shell(m)!r}\nios\nsystem\n.".encode(),
+    "OBJ": lambda m: b"(" + SYSTEM + f"S{shell(m)!r}\no.".encode(),
+    "BUILD": by_state,
+    "EXT1": lambda m: b"\x80\x02\x82\xf0" + put(shell(m)) + b"\x85R.",
+}
+
+# where none is unpickled at all, these stand for all
+FEW = ("os.system", "builtins.eval", "nested", "numpy.load", "protocol_0")
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_a_payload_works_where_it_is_unpickled(tmp_path, kind):
+    """Else the tests below would show nothing."""
+    marker = tmp_path / "marker"
+    copyreg.add_extension("os", "system", 0xF0)
+    with contextlib.suppress(Exception):
+        made = pickle.loads(PAYLOADS[kind](marker))
+        if kind == "subprocess.Popen":
+            made.wait()
+    copyreg.remove_extension("os", "system", 0xF0)
+    assert marker.exists()
+
+
+# ------------------------------------------------------------------------------ kinds of file
+
+# Each makes the bytes of a file (None: a folder) for a case: its marker, the door's sound file.
+BROKEN = {
+    "empty": lambda case: b"",
+    "text": lambda case: b"loss 0.3\naccuracy 90\n",
+    "folder": lambda case: None,
+    "cut_at_10": lambda case: case.sound[:10],
+    "cut_in_half": lambda case: case.sound[: len(case.sound) // 2],
+    "cut_last_byte": lambda case: case.sound[:-1],
+}
+
+
+def hostile(form, kinds=PAYLOADS):
+    """Payloads in a form of file, which is a function from a pickle to bytes."""
+    return {
+        f"{kind}_{form.__name__}": lambda case, make=PAYLOADS[kind]: form(make(case.marker))
+        for kind in kinds
+    }
+
+
+def zipped(members, **options):
+    """members: (name, bytes) pairs."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", **options) as archive:
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for member in members:
+            archive.writestr(*member)
+    return file.getvalue()
+
+
+def members(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
+@functools.cache
+def bomb(data, name, start=b""):
+    """The archive `data` with `start` and 1 GiB of zeros, deflated, as its member `name`."""
+    file = io.BytesIO(zipped([member for member in members(data) if member[0] != name]))
+    with (
+        zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w", force_zip64=True) as member,
+    ):
+        member.write(start)
+        for _ in range(2**6):
+            member.write(bytes(2**24))
+    return file.getvalue()
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :]
+
+
+def memo_bomb(case):
+    """Nine bytes that make the C unpickler fill 4 GiB: what it keeps has a place far away."""
+    return b"\x80\x02}r" + (2**28).to_bytes(4, "little") + b"."
+
+
+def method_bomb(content):
+    """An OrderedDict whose methods are attributes of its own, and numbers."""
+    items = b"".join(put(key) + value for key, value in content)
+    attributes = dict.fromkeys(("get", "items", "keys", "values"), 3)
+    made = named("collections", "OrderedDict") + b")R(" + items + b"u" + put(attributes) + b"b"
+    return b"\x80\x02" + made + b"."
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def saved(content, zip=True):
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zip)
+    return file.getvalue()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def in_zip(payload):
+    return hostile_file("zip", payload)
+
+
+def in_legacy(payload):
+    return hostile_file("legacy", payload + pickle.dumps([], 2))
+
+
+def first(change, **options):
+    """The sound checkpoint, but with its first tensor, conv1's weight or mask, changed."""
+
+    def make(case):
+        key = next(iter(case.state))
+        return saved(case.state | {key: change(case.state[key])}, **options)
+
+    return make
+
+
+def edited(old, new, change=lambda tensor: tensor[:1].clone(), zip=True):
+    """As `first`, and then bytes of the pickle replaced; by default the tensor has 27 values."""
+
+    def make(case):
+        data = first(change, zip=zip)(case)
+        assert old in data
+        if not zip:
+            return data.replace(old, new)
+        return zipped(
+            (name, content.replace(old, new) if name.endswith("data.pkl") else content)
+            for name, content in members(data)
+        )
+
+    return make
+
+
+def legacy_parts(case):
+    """A legacy checkpoint: its pickles up to the storages' keys, the keys, the storages."""
+    data = saved(case.state, zip=False)
+    file, ends = io.BytesIO(data), []
+    for _ in range(5):
+        list(pickletools.genops(file))
+        ends.append(file.tell())
+    return data[: ends[3]], pickle.loads(data[ends[3] : ends[4]]), data[ends[4] :]
+
+
+def legacy_keys(choose):
+    """Storages that the file does not fill: their memory would hold what was there before."""
+
+    def make(case):
+        start, keys, storages = legacy_parts(case)
+        return start + pickle.dumps(choose(keys), 2) + storages
+
+    return make
+
+
+def source_check(case):
+    """A class that says it keeps patches of its source: torch.load writes one, called `marker`."""
+    marked = {"dump_patches": True, "__name__": str(case.marker)}
+    function = named("torch._utils", "_rebuild_tensor_v2")
+    made = function + b"N" + put(marked) + b"\x86bq\x09"
+    return in_legacy(
+        b"\x80\x02" + made + b"(" + put("module") + b"h\x09" + put("file") + put("words") + b"tQ."
+    )
+
+
+def script(case):
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), file)
+    return file.getvalue()
+
+
+def persistent(opcodes):
+    return lambda case: in_zip(b"\x80\x02" + opcodes + b".")
+
+
+def with_key(key):
+    """The sound checkpoint with one more tensor."""
+
+    def make(case):
+        ending = next(iter(case.state)).removeprefix("conv1")
+        return saved(case.state | {f"{key}{ending}": torch.zeros(1)})
+
+    return make
+
+
+def with_member(name):
+    return lambda case: zipped([*members(case.sound), (name, bytes(100))])
+
+
+SHAPE = b"(K\x01K\x03K\x03K\x03t"  # of the 27 values; the network has 4x3x3x3 = 108 = 0x6c
+CHECKPOINTS = {
+    **BROKEN,
+    **hostile(in_zip),
+    **hostile(in_legacy, FEW),
+    **{
+        f"os.system_as_{form}": lambda case, form=form: hostile_file(
+            form, hostile_pickle("os.system", case.marker)
+        )
+        for form in ("bare", "legacy_keys", "tar", "tar_and_zip")
+    },
+    "source_check": source_check,
+    "torchscript": script,
+    "torchscript_and_pickle": lambda case: zipped(
+        [*members(script(case)), *members(in_zip(hostile_pickle("os.system", case.marker)))]
+    ),
+    "persistent_text": lambda case: in_zip(b"Phello\n."),
+    "persistent_number": persistent(put(3) + b"Q"),
+    "persistent_dict": persistent(b"}Q"),
+    "persistent_empty": persistent(b")Q"),
+    "persistent_module": persistent(put(("module", None, "", "")) + b"Q"),
+    "persistent_no_type": persistent(put(("storage", "words", "0", "cpu", 4)) + b"Q"),
+    "persistent_short": persistent(put(("storage",)) + b"Q"),
+    # tensors that are none of a network
+    "nan": first(lambda t: torch.full_like(t, torch.nan)),
+    "infinite": first(lambda t: torch.full_like(t, -torch.inf)),
+    "one_nan_legacy": first(lambda t: t.index_fill(0, torch.tensor(1), torch.nan), zip=False),
+    **{
+        str(dtype).removeprefix("torch."): first(lambda t, dtype=dtype: t.to(dtype))
+        for dtype in (torch.int64, torch.float64, torch.float16, torch.complex64, torch.bool)
+    },
+    "turned": first(lambda t: t.transpose(0, 1)),
+    "scalar": first(lambda t: t[0, 0, 0, 0]),
+    "no_values": first(lambda t: t[:0]),
+    "sparse": first(lambda t: t.to_sparse()),
+    "quantised": first(lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8)),
+    "meta": first(lambda t: t.to("meta")),
+    "subclass": first(lambda t: t.as_subclass(Subclass)),
+    "nested_tensor": first(lambda t: torch.nested.nested_tensor(list(t))),
+    "peta_of_one_value": first(lambda t: torch.zeros(1).expand(PETA)),
+    "array": first(lambda t: t.numpy()),
+    # tensors that claim more than the file holds
+    "shape_claims_more": edited(SHAPE, SHAPE.replace(b"\x01", b"\x04")),
+    "shape_claims_more_legacy": edited(SHAPE, SHAPE.replace(b"\x01", b"\x04"), zip=False),
+    "storage_claims_more": edited(b"K\x1bt", b"K\x6ct"),
+    "storage_claims_more_legacy": edited(b"K\x1bN", b"K\x6cN", zip=False),
+    "offset_beyond": edited(b"QK\x00(K\x04", b"QK\x7f(K\x04", torch.clone),
+    "offset_beyond_legacy": edited(b"QK\x00(K\x04", b"QK\x7f(K\x04", torch.clone, zip=False),
+    "peta_storage": edited(b"K\x1bt", put(PETA) + b"t"),
+    "peta_storage_legacy": edited(b"K\x1bN", put(PETA) + b"N", zip=False),
+    "peta_bytearray": lambda case: in_zip(
+        b"\x80\x02" + named("builtins", "bytearray") + put(PETA) + b"\x85R."
+    ),
+    "unfilled_legacy": legacy_keys(lambda keys: []),
+    "last_unfilled_legacy": legacy_keys(lambda keys: keys[:-1]),
+    # archives
+    "flipped_bit": lambda case: flipped(
+        case.sound, case.sound.index(next(iter(case.state.values())).numpy().tobytes()) + 2
+    ),
+    "deflated": lambda case: zipped(members(case.sound), compression=zipfile.ZIP_DEFLATED),
+    "bomb": lambda case: bomb(case.sound, "archive/data/0"),
+    "member_twice": lambda case: zipped([*members(case.sound), members(case.sound)[0]]),
+    "member_outside": with_member("../../outside"),
+    "member_absolute": with_member("/tmp/outside"),
+    # pickles
+    "memo_bomb": lambda case: in_zip(memo_bomb(case)),
+    "memo_bomb_legacy": lambda case: in_legacy(memo_bomb(case)),
+    "methods": lambda case: in_zip(method_bomb([("conv1.weight", b"N")])),
+    "deep": lambda case: in_zip(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),
+    "of_itself": lambda case: in_zip(b"\x80\x02}q\x00" + put("state_dict") + b"h\x00s."),
+    # names that would be told to the terminal
+    "key_of_lines": with_key("two\nlines"),
+    "key_of_escapes": with_key("\x1b[2J\x1b[31m"),
+    "key_of_a_million": with_key("k" * 10**6),
+    "name_of_escapes": lambda case: in_legacy(b"\x80\x02" + named("o\x1b[2J", "system") + b"."),
+}
+
+
+# ------------------------------------------------------------------------------ arrays
+
+
+def with_header(text, data=bytes(3072)):
+    return lambda case: npy(text, data)
+
+
+def dtype_of(descr, shape="1,"):
+    return with_header(PLAIN.replace("'<f4'", descr) % shape)
+
+
+def as_pickle(payload):
+    return payload
+
+
+def as_objects(payload):
+    """A .npy file of one object."""
+    return npy(PLAIN.replace("<f4", "|O") % "1,", payload)
+
+
+def array(change):
+    """The sound array, changed."""
+
+    def make(case):
+        file = io.BytesIO()
+        np.save(file, change(np.load(io.BytesIO(case.sound))))
+        return file.getvalue()
+
+    return make
+
+
+HEADERS = {
+    "peta": with_header(PLAIN % f"{PETA},"),
+    "peta_images": with_header(PLAIN.replace("<f4", "|u1") % f"{PETA}, 12, 12, 3"),
+    "overflow": with_header(PLAIN % f"{2**32}, {2**32}"),
+    "beyond_64_bits": with_header(PLAIN % f"{10**30},"),
+    "negative": with_header(PLAIN.replace("<f4", "|u1") % "-1, 12, 12, 3", bytes(4320)),
+    "negative_floats": with_header(PLAIN % "-1, 3, 32, 32", bytes(12288)),
+    "fields": dtype_of("[('a', '<f4'), ('b', '|u1')]"),
+    "fields_of_objects": dtype_of("[('a', '|O')]"),
+    "subarray": dtype_of("('<f4', (1000000000,))"),
+    "huge_items": dtype_of("'|V2147483647'"),
+    "huge_text": dtype_of("'<U500000000'"),
+    "text_values": dtype_of("'<U4'", "4,"),
+    "dates": dtype_of("'<M8[s]'", "4,"),
+    "code": with_header("__import__('os').system('echo > marker')"),
+    "deep": with_header("(" * 9000),
+    "header_of_4_GiB": lambda case: b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
+    "version_9": lambda case: b"\x93NUMPY\x09\x00" + case.sound[8:],
+}
+ARRAYS = {
+    **BROKEN,
+    **HEADERS,
+    **hostile(as_pickle, FEW),
+    **hostile(as_objects, FEW),
+    "archive": lambda case: zipped([("array.npy", case.sound)]),
+    "bomb": lambda case: bomb(zipped([]), "array.npy"),
+    **{
+        np.dtype(dtype).name: array(lambda a, dtype=dtype: a.astype(dtype))
+        for dtype in (bool, np.int64, np.float64, np.complex64)
+    },
+    "no_rows": array(lambda a: a[:0]),
+    "scalar": array(lambda a: a[(0,) * a.ndim]),
+}
+NOT_FINITE = {  # soft labels and published images are floats
+    "one_nan": array(lambda a: np.where(np.arange(a.size).reshape(a.shape) == 7, np.nan, a)),
+    "infinite": array(lambda a: a + np.float32(np.inf)),
+}
+
+
+def as_member(payload):
+    """An archive whose members are pickles and no arrays."""
+    return zipped([("9", payload), ("8", payload)])
+
+
+def as_object_members(payload):
+    return zipped([("9.npy", as_objects(payload)), ("8.npy", as_objects(payload))])
+
+
+def ninth(make):
+    """The sound archive, with what `make` makes as its member 9."""
+
+    def make_archive(case):
+        sound = dict(members(case.sound))
+        inner = SimpleNamespace(**vars(case) | {"sound": sound["9.npy"]})
+        return zipped((sound | {"9.npy": make(inner)}).items())
+
+    return make_archive
+
+
+def one_more(name):
+    def make(case):
+        sound = members(case.sound)
+        return zipped([*sound, (name, sound[0][1])])
+
+    return make
+
+
+ARCHIVES = {
+    **BROKEN,
+    **{kind: ninth(make) for kind, make in HEADERS.items()},
+    **hostile(as_pickle, FEW),
+    **hostile(as_member, FEW),
+    **hostile(as_object_members, FEW),
+    "single_array": lambda case: members(case.sound)[0][1],
+    "bomb": lambda case: bomb(case.sound, "9.npy", npy(PLAIN % f"{2**28},", b"")),
+    "flipped_bit": lambda case: flipped(case.sound, case.sound.index(images(7).tobytes())),
+    "member_twice": one_more("9.npy"),
+    "same_class_twice": one_more("09.npy"),
+    "member_outside": one_more("../../9.npy"),
+    "floats": ninth(array(lambda a: a.astype(np.float32))),
+    "empty_archive": lambda case: zipped([]),
+}
+
+# ------------------------------------------------------------------------------ published data
+
+
+def forged(kind, flags, content, itemsize=-1, **state):
+    """An array or scalar whose dtype's state says what is not so."""
+    fields = state.get("fields")
+    names = tuple(fields) if fields else None
+    state = (3, "|", state.get("subarray"), names, fields, itemsize, 1, flags)
+    dtype = reduced(np.dtype, (kind, False, True), state)
+    if isinstance(content, np.ndarray):
+        made = (np.ndarray, (0,), b"b")
+        state = (1, content.shape, dtype, False, content.tobytes())
+        return reduced(np._core.multiarray._reconstruct, made, state)
+    return reduced(np._core.multiarray.scalar, (dtype, content))
+
+
+def within(value):
+    """The sound pickle, with `value`, which may be a case's, as its class 9 or pool."""
+
+    def make(case):
+        content = pickle.loads(case.sound)
+        return pickle.dumps(content | {"data" if "data" in content else 9: value}, 4)
+
+    return make
+
+
+def of_shape(*shape):
+    made = (np.ndarray, (0,), b"b")
+    state = (1, shape, np.dtype("u1"), False, bytes(432))
+    return within(reduced(np._core.multiarray._reconstruct, made, state))
+
+
+def raw(opcodes):
+    return lambda case: b"\x80\x04" + opcodes + b"."
+
+
+PICKLES = {
+    **BROKEN,
+    **hostile(as_pickle),
+    "objects_of_bytes": within(reduced(np.ndarray, ((1,), np.dtype("O"), bytes(8)))),
+    "array_over_bytes": within(reduced(np.ndarray, ((9, 12, 12, 3), np.dtype("u1"), bytes(3888)))),
+    "forged_pointer": within(forged("S8", 4, b"12345678", 2**30)),
+    "forged_pointer_small": within(forged("S8", 4, b"12345678", 64)),
+    "forged_list": within(forged("S8", 2, np.zeros(4, "S8"))),
+    "forged_references": within(forged("u1", 1, images(6))),
+    "forged_all_flags": within(forged("u1", 0x7F, images(6))),
+    "forged_negative": within(forged("S8", 0, b"12345678", -100)),
+    "forged_fields": within(forged("S8", 0, b"1234", 8, fields={"a": (np.dtype("S99"), 9)})),
+    "forged_subarray": within(forged("S8", 0, b"1234", 8, subarray=(np.dtype("S8"), (10**6,)))),
+    "peta": of_shape(PETA, 12, 12, 3),
+    "overflow": of_shape(2**62, 4, 1, 3),
+    "negative": of_shape(-1, 12, 12, 3),
+    "peta_bytes": raw(b"\x8e" + PETA.to_bytes(8, "little")),
+    "peta_text": raw(b"\x8d" + PETA.to_bytes(8, "little")),
+    "peta_bytearray": raw(b"\x96" + PETA.to_bytes(8, "little")),
+    "peta_frame": raw(b"\x95" + PETA.to_bytes(8, "little")),
+    "memo_bomb": memo_bomb,
+    "methods": lambda case: method_bomb([("data", b"N"), (9, b"N"), (8, b"N")]),
+    "persistent_text": raw(b"Phello\n"),
+    "persistent_tuple": raw(put(("storage", 3)) + b"Q"),
+    "out_of_band": raw(b"\x97"),
+    "deep": raw(b"]" * 10**5 + b"a" * (10**5 - 1)),
+    "of_itself": raw(b"}\x94" + put(9) + b"h\x00s"),
+    "keys_without_hash": raw(b"}]Ns"),
+    "state_of_a_function": raw(named("numpy", "dtype") + b"N" + put({"__name__": "x"}) + b"\x86b"),
+    "lists": within(images(6).tolist()),
+    "floats": within(images(6).astype(np.float32)),
+    "bools": within(images(6) > 100),
+    "objects": within(np.array([None, 3], dtype=object)),
+    "name_of_escapes": raw(named("o\x1b[2J", "system")),
+    "name_of_a_million": raw(named("o" * 10**6, "system")),
+}
+
+# ------------------------------------------------------------------------------ JSON
+
+
+def deep(case):
+    return b"[" * 10**6
+
+
+def result(*path_and_value):
+    """The sound results with one value changed: (key, ..., key, value)."""
+
+    def make(case):
+        *path, last, value = path_and_value
+        content = json.loads(case.sound)
+        place = functools.reduce(lambda inner, key: inner[key], path, content)
+        place[last] = value
+        return json.dumps(content).encode()
+
+    return make
+
+
+def value(text):
+    """The sound results with `text` as the first mean."""
+    return lambda case: case.sound.replace(b'"mean": 90.0', b'"mean": ' + text, 1)
+
+
+RESULTS = {
+    **BROKEN,
+    **hostile(as_pickle, FEW),
+    "deep": deep,
+    "deep_inside": value(b"[" * 10**5 + b"]" * 10**5),
+    "not_utf8": lambda case: case.sound.replace(b"digits", b"\xff\xfe"),
+    "list": lambda case: b"[1, 2]",
+    "null": lambda case: b"null",
+    "nan": value(b"NaN"),
+    "infinite": value(b"-Infinity"),
+    "too_large_a_float": value(b"1e999"),
+    "huge": value(b"9" * 400),
+    "too_long_a_number": value(b"9" * 5000),
+    "text_for_a_mean": value(b'"ninety"'),
+    "list_for_a_mean": value(b"[90]"),
+    "null_for_a_mean": value(b"null"),
+    "true_for_a_mean": value(b"true"),
+    "nan_density": result("states", 0, "density", float("nan")),
+    "text_density": result("states", 1, "density", "full"),
+    "text_state": result("states", 0, "state", "one"),
+    "list_state": result("states", 0, "state", [1]),
+    "float_state": result("states", 0, "state", 1.5),
+    "huge_state": result("states", 1, "state", 10**400),
+    "negative_state": result("states", 1, "state", -1),
+    "text_row": result("states", 0, "a row"),
+    "no_states": result("states", []),
+    "states_of_a_dict": result("states", {"1": {}}),
+    "unknown_script": result("script", "main_XY"),
+    "list_script": result("script", ["main_TD"]),
+    "peta_tasks": result("config", "classifiers", PETA),
+    "negative_tasks": result("config", "classifiers", -1),
+    "text_tasks": result("config", "classifiers", "two"),
+    "float_tasks": result("config", "classifiers", 2.5),
+    "null_config": result("config", None),
+    "formula_that_is_none": result("config", "dataset", "$\\frac$"),
+    "escapes": result("script", "\x1b[2J"),
+    "bottom_up_without_dense": result("script", "main_BU"),
+}
+
+
+def meta(**changed):
+    return lambda case: json.dumps(META | changed).encode()
+
+
+METAS = {
+    **BROKEN,
+    **hostile(as_pickle, FEW),
+    "deep": deep,
+    "not_utf8": lambda case: case.sound.replace(b"truck", b"\xff\xfe"),
+    "list": lambda case: b"[1, 2]",
+    "null": lambda case: b"null",
+    "no_dataset": lambda case: b'{"names": {}}',
+    "no_names": lambda case: b'{"dataset": "cifar10"}',
+    "another": meta(dataset="digits"),
+    "list_dataset": meta(dataset=["cifar10"]),
+    "dataset_of_escapes": meta(dataset="\x1b[2J\n"),
+    "dataset_of_a_million": meta(dataset="d" * 10**6),
+    "list_names": meta(names=["truck", "ship"]),
+    "text_names": meta(names="truck"),
+    "null_names": meta(names=None),
+    "name_of_no_class": meta(names={"truck": "9"}),
+    "too_long_a_class": meta(names={"9" * 5000: "truck"}),
+    "dict_for_a_name": meta(names={"9": {"truck": 9}}),
+    "nan_for_a_name": meta(names={"9": float("nan")}),
+}
+
+# ------------------------------------------------------------------------------ the tests
+
+TABLES = {".pt": CHECKPOINTS, ".npy": ARRAYS, ".npz": ARCHIVES, ".pkl": PICKLES}
+SOFT = ("img", "dis_label", "dis_label_main")
+KINDS = {door: TABLES.get(Path(DOORS[door].path).suffix) for door in DOORS}
+KINDS |= dict.fromkeys(SOFT, ARRAYS | NOT_FINITE) | {"meta": METAS, "results": RESULTS}
+# Doors whose files are read by the same lines share the kinds out: (first, step).
+SHARES = {"weight": (0, 2), "dis_label": (0, 3), "dis_label_main": (1, 3), "unlabeled": (2, 3)}
+for start, part in enumerate(PARTS.values()):
+    SHARES |= {f"prepared_{part}": (start % 3, 3), f"published_{part}": (start % 3, 3)}
+CASES = []
+for door, kinds in KINDS.items():
+    start, step = SHARES.get(door, (0, 1))
+    CASES += [(door, kind) for kind in list(kinds)[start::step]]
+
+
+@pytest.fixture(scope="module")
+def limited(scripts):
+    """The scripts, each with 1 GiB at most beyond what importing takes; where that can be set."""
+    if not hasattr(resource, "prlimit"):
+        yield scripts
+        return
+    pages = int(Path(f"/proc/{scripts.process.pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**30
+    before = resource.prlimit(scripts.process.pid, resource.RLIMIT_AS, (limit, -1))
+    yield scripts
+    resource.prlimit(scripts.process.pid, resource.RLIMIT_AS, before)
+
+
+def content(folder):
+    """Every file below a folder, and every folder."""
+    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+def run(scripts, door, folder):
+    return scripts.run(DOORS[door].command.split(), folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_sound_file_comes_in(scripts, sound, tmp_path, door):
+    """Else the tests below would show nothing."""
+    folder = shutil.copytree(sound, tmp_path / "work")
+    ended = run(scripts, door, folder)
+    if door == "unlabeled":  # the official files, which are read next, are not here
+        assert ended.status == 2 and "--raw raw: holds no sound CIFAR10" in ended.err
+    else:
+        assert ended.status == 0 and not ended.err, ended
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantized|nested) tensor")
+@pytest.mark.parametrize("door, kind", CASES, ids=["-".join(case) for case in CASES])
+def test_a_hostile_file_is_refused_and_does_nothing(limited, sound, tmp_path, door, kind):
+    folder = shutil.copytree(sound, tmp_path / "work", copy_function=os.link)
+    command, path, also = DOORS[door]
+    naming = re.compile(rf"\b{Path(path).parent}: .*\b{re.escape(Path(path).name)}\b")
+    case = SimpleNamespace(marker=tmp_path / "marker", sound=(folder / path).read_bytes())
+    if path.endswith(".pt"):
+        case.state = torch.load(folder / path, weights_only=True)
+    data = KINDS[door][kind](case)
+    (folder / path).unlink()
+    if data is None:
+        (folder / path).mkdir()
+    else:
+        (folder / path).write_bytes(data)
+    before = content(tmp_path)
+    ended = run(limited, door, folder)
+    assert content(tmp_path) == before, ended
+    assert ended.status == 2, ended
+    (line,) = ended.err.splitlines()
+    assert line.startswith(command.split()[0] + ": ") and "Traceback" not in ended.out
+    assert path in line or (also and also in line) or naming.search(line), line
+    assert line.isprintable() and len(line) < 1000, line[:2000]
+    if kind in ("bomb", "deflated"):
+        assert re.search("compressed|archive", line), line
+    if "bomb" in kind:
+        assert not re.search("memory|allocate", line, re.IGNORECASE), line
+
+
+def test_torch_would_write_the_patch_of_a_source_check(tmp_path, monkeypatch):
+    """As for the payloads: that the file does harm where it is unpickled."""
+    path, marker = tmp_path / "hostile.pt", tmp_path / "marker"
+    path.write_bytes(source_check(SimpleNamespace(marker=marker)))
+    function = FunctionType(torch._utils._rebuild_tensor_v2.__code__, vars(torch._utils))
+    monkeypatch.setattr(torch._utils, "_rebuild_tensor_v2", function)  # it is renamed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False)
+    assert marker.with_suffix(".patch").exists()
