@@ -24,10 +24,12 @@ demo: demo/TD.done demo/BU.done demo/TR.done
 	@echo; $(RUN) report.py demo/TD demo/BU --out demo
 
 demo/TD.done: Makefile | $(VENV)/installed
+	@test -e demo/TD/run.json || rm -rf demo/TD   # of a version that could not go on
 	$(RUN) main_TD.py $(DEMO) $(TICKETS) --save_dir demo/TD
 	@touch $@
 
 demo/BU.done: Makefile | $(VENV)/installed
+	@test -e demo/BU/run.json || rm -rf demo/BU
 	$(RUN) main_BU.py $(DEMO) $(TICKETS) $(REGROWTH) --save_dir demo/BU
 	@touch $@
 

@@ -207,7 +207,7 @@ def load(args, device):
     facts = DATASETS[args.dataset]
     order = facts.order[: args.classifiers * args.classes_per_classifier]
     shape = pool.shape[1:]
-    if max(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
+    if min(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
         raise Refusal(f"{source}: found images of {list(shape)}, give at least 9x9")
     for part in PARTS:
         check_part(source, part, parts[part], order, shape)

@@ -129,25 +129,25 @@ def take_ticket(run, t, find, *where):
     step, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
     if not run.done(step):
         masks, state, rounds = find(*where)
-        files = [mask, "current_mask.pt"]
-        for name in files:
-            run.keep(name, pruning_utils.save_masks, masks)
+        run.keep(mask, pruning_utils.save_masks, masks)
         if rounds:
             run.keep(weight, utils.save, state)
-            files.append(weight)
-        run.finish(step, *files, rounds=rounds)
-        run.forget(f"task{t}_round")
+        run.finish(step, mask, *[weight] * bool(rounds), rounds=rounds)
         run.say(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-    return pruning_utils.load_masks(run.path(mask)), run.result(step)["rounds"]
+    run.forget(f"task{t}_round")
+    masks = pruning_utils.load_masks(run.path(mask))
+    if not run.result(f"task{t + 1}_ticket"):  # the newest
+        run.keep("current_mask.pt", pruning_utils.save_masks, masks)
+    return masks, run.result(step)["rounds"]
 
 
 def stay_or_regrow(model, task, data, run, dense_accuracy, accuracy, current):
     """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow."""
     cost = dense_accuracy - accuracy
     if cost < run.args.accept_decay:
-        print(f"task {task.t}: the mask costs {cost:.2f} points, so it stays", flush=True)
+        run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
         return current, None, []
-    print(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows", flush=True)
+    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
     return regrow(model, task, data, run, dense_accuracy, current)
 
 

@@ -118,7 +118,7 @@ def main(argv=None):
             rewind(model, t, initial, trained.best_state, args, device)
             run.keep(f"{ticket}.pt", utils.save, model.state_dict())
             run.finish(ticket, f"{ticket}.pt")
-            run.forget(f"task{t}_prune")
+        run.forget(f"task{t}_prune")
         pruning_utils.load_state(model, run.load(f"{ticket}.pt"))
         run.add(
             state=t,

@@ -53,7 +53,7 @@ def main(argv=None):
     pruning_utils.load_state(model, trained.best_state)
     run.add(
         state=t,
-        accuracy=run.once("test", test, model, data.test, t, data, args),
+        accuracy=run.once(f"retrain_task{t}_test", test, model, data.test, t, data, args),
         density=pruning_utils.density(masks),
         training=trained.words(),
     )

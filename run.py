@@ -22,8 +22,8 @@ try:
 except ImportError:  # not on Windows, where two processes on one folder are not noticed
     fcntl = None
 
-# Flags that may differ when a run goes on: they cannot change its result, or what they name is
-# compared by its content.
+# Flags that may differ when a run goes on: they cannot change its result (but for how devices
+# round), or what they name is compared by its content.
 FREE = {
     "save_dir", "save_data_path", "overwrite", "checkpoint_seconds", "print_freq", "device", "gpu",
     "data", "weight", "mask",
@@ -44,7 +44,7 @@ class Run(utils.Record):
     def __init__(self, script, args, data, device, prefix="", inputs=None):
         super().__init__(script, args, data, device, prefix)
         self.args, self.folder = args, Path(args.save_dir)
-        self.began, self.replaying, self.sums = time.monotonic(), True, {}
+        self.began, self.replaying, self.sums, self.again = time.monotonic(), True, {}, set()
         config = {key: value for key, value in vars(args).items() if key not in FREE}
         inputs = {"--data": dataset.fingerprint(data)} | (inputs or {})
         asked = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
@@ -54,9 +54,12 @@ class Run(utils.Record):
                 f"--save_dir {self.folder}: holds {results.name}, but no {journal.name} to go on "
                 f"with; name another folder, or give --overwrite"
             )
-        self.lock()
+        self.lock(self.folder, "save_dir", prefix)
+        if not prefix:  # main_train, which has one, only reads there
+            self.lock(Path(args.save_data_path), "save_data_path")
         if args.overwrite:
-            self.remove_all()
+            self.remove_all(script)
+        self.settings = checksum_of(asked)
         self.journal = self.read_journal()
         if self.journal:
             self.refuse_others(asked)
@@ -75,9 +78,9 @@ class Run(utils.Record):
         folder, slash, file = name.rpartition("/")
         return Path(self.args.save_data_path if slash else self.folder) / file
 
-    def lock(self):
+    def lock(self, folder, flag, prefix=""):
         """Refuse a folder in which another process is at work. A killed one holds no lock."""
-        path = self.folder / f".{self.prefix}lock"
+        path = folder / f".{prefix}lock"
         with contextlib.suppress(KeyError):  # of an earlier run in this process
             LOCKS.pop(str(path)).close()
         try:
@@ -85,14 +88,14 @@ class Run(utils.Record):
             file = open(path, "a+")  # noqa: SIM115  (it is held as long as the process lives)
         except OSError as error:
             words = f"cannot be written ({utils.first_line(error)}); name another folder"
-            raise Refusal(f"--save_dir {self.folder}: {words}") from None
+            raise Refusal(f"--{flag} {folder}: {words}") from None
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise Refusal(
-                f"--save_dir {self.folder}: process {file.read().strip()} is at work in it; "
+                f"--{flag} {folder}: process {file.read().strip()} is at work in it; "
                 f"wait for it, or name another folder"
             ) from None
         except OSError:
@@ -123,10 +126,7 @@ class Run(utils.Record):
     def refuse_others(self, asked):
         """Refuse to go on with other settings than the run has."""
         was = self.journal
-        if was["script"] != asked["script"]:
-            raise Refusal(
-                f"--save_dir {self.folder}: holds a run of {was['script']}.py; name another folder"
-            )
+        self.refuse_other_script(was, asked["script"])
         differing = []
         for kind, words in (
             ("config", "--{} {} (now {})"),
@@ -146,24 +146,38 @@ class Run(utils.Record):
                 f"those, name another folder, or begin anew with --overwrite"
             )
 
-    def remove_all(self):
+    def refuse_other_script(self, journal, script):
+        if journal["script"] != script:
+            words = f"holds a run of {journal['script']}.py; name another folder"
+            raise Refusal(f"--save_dir {self.folder}: {words}")
+
+    def remove_all(self, script):
         """Remove what a run of this script has written here, and nothing else."""
-        try:
-            names = (self.read_journal() or {"wrote": []})["wrote"]
-        except Refusal:
-            names = []  # its files are replaced one by one
-        for name in [
-            *names,
-            *(self.prefix + n for n in ("log_results.txt", "results.json", "run.json")),
-        ]:
-            self.remove(name)
+        journal = {"script": script, "steps": {}, "wrote": []}
+        with contextlib.suppress(Refusal):  # a damaged one: its files are replaced one by one
+            journal = self.read_journal() or journal
+        self.refuse_other_script(journal, script)
+        sums = {}
+        for entry in journal["steps"].values():
+            sums |= entry["files"]
+        for name in journal["wrote"]:
+            # --save_data_path may be another one than the run's: there, only what surely is its
+            if "/" not in name or utils.file_checksum(self.path(name)) == sums.get(name, ""):
+                self.remove(name)
+        for name in ("log_results.txt", "results.json", "run.json"):  # the last tells of the files
+            self.remove(self.prefix + name)
 
     def remove(self, name):
         """Remove a file of the run, and what a killed writer left of it."""
         path = self.path(name)
         for file in (path, utils.beside(path)):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 file.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                words = f"cannot be removed ({utils.first_line(error)}); remove it yourself"
+                raise Refusal(f"{file}: {words}") from None
 
     # -------------------------------------------------------------------- files
 
@@ -193,25 +207,35 @@ class Run(utils.Record):
             if found != checksum:
                 what = "is damaged" if found else "is missing"
                 print(f"{path}: {what}, so {step} is done again", flush=True)
+                self.again.add(step)
                 entry = None
-                del self.journal["steps"][step]
                 break
-        self.replaying = self.replaying and entry is not None
-        return entry is not None
+        if entry is None:
+            self.replaying = False
+            return False
+        self.remove(f"{step}_progress.pt")  # if it was stopped right after it had finished
+        return True
 
     def finish(self, step, *names, **result):
-        """Record a step as done: the names of the files that it leaves, and its plain result."""
-        for earlier in self.journal["steps"].values():  # a file is of the step that wrote it last
-            for name in names:
-                earlier["files"].pop(name, None)
+        """Record a step as done: the names of the files that it leaves, and its plain result.
+
+        Raises Refusal when it was done again, came out otherwise, and others were built on it.
+        """
         files = {name: self.sums[name] for name in names}
-        self.journal["steps"][step] = {"result": result, "files": files}
+        steps = self.journal["steps"]
+        if step in self.again and step != [*steps][-1] and files != steps[step]["files"]:
+            raise Refusal(
+                f"--save_dir {self.folder}: {step}, done again, came out otherwise (another "
+                f"machine, device or number of threads?), so that what was built on it no longer "
+                f"fits; put its files back, or begin anew with --overwrite"
+            )
+        steps[step] = {"result": result, "files": files}
         self.write_journal()
         self.remove(f"{step}_progress.pt")
 
     def result(self, step):
-        """The result that finish() recorded."""
-        return self.journal["steps"][step]["result"]
+        """The result that finish() recorded; None where the step is not done."""
+        return self.journal["steps"].get(step, {}).get("result")
 
     def once(self, step, function, *arguments):
         """function(*arguments), a plain value, computed once in the life of the run."""
@@ -237,6 +261,7 @@ class Run(utils.Record):
 
     def save_progress(self, step, content):
         """Store how far a step is, to go on from there."""
+        content = content | {"settings": self.settings}
         self.keep(f"{step}_progress.pt", utils.save, content)
         self.write_journal()  # the seconds
 
@@ -247,8 +272,8 @@ class Run(utils.Record):
             return None
         try:
             content = utils.load_checkpoint(path)
-            if content.keys() != keys:
-                raise Refusal(f"{path}: holds something else")
+            if content.pop("settings", None) != self.settings or content.keys() != keys:
+                raise Refusal(f"{path}: is of another run")
         except Refusal as damage:
             print(f"{damage}; {step} begins anew", flush=True)
             return None

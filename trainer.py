@@ -239,7 +239,9 @@ def fit(
         optimizer.load_state_dict(last["optimizer"])
     else:
         with utils.hold_signals():
-            at = go_through(model, task, data, run, step, epochs, milestones, optimizer, part)
+            at = go_through(
+                model, task, data, run, step, epochs, milestones, optimizer, part, bool(best_model)
+            )
             run.keep(checkpoint, utils.save, contents(model, optimizer, epochs, at.best))
             if best_model:
                 run.keep(best_model, utils.save, at.best_contents)
@@ -255,13 +257,12 @@ def fit(
     return Fit(**run.result(step), best_state=best_state)
 
 
-def go_through(model, task, data, run, step, epochs, milestones, optimizer, part):
+def go_through(model, task, data, run, step, epochs, milestones, optimizer, part, keep_best):
     """The epochs of fit() that are not done yet. Returns how far it came, with the best epoch.
 
     A signal ends it after the current batch, or within a validation, when all is stored.
     """
     args, device = run.args, next(model.parameters()).device
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     run_epoch = train if task.t == 1 else train_KD
     steps = -(-len(task.random[0]) // random_batch(args, task.t))
     at = SimpleNamespace(
@@ -279,13 +280,12 @@ def go_through(model, task, data, run, step, epochs, milestones, optimizer, part
         pruning_utils.load_state(model, stored.pop("state_dict"))
         optimizer.load_state_dict(stored.pop("optimizer"))
         vars(at).update(stored, total=stored["total"].to(device))
-        scheduler.last_epoch = at.epoch - 1
         print(f"{step}: goes on {where(at, epochs, steps)}", flush=True)
     saved = said = time.monotonic()
     began = saved - at.seconds
 
     def store():
-        refuse_not_finite(model, at, step, args, scheduler)
+        refuse_not_finite(model, at, step, args, optimizer)
         at.seconds = time.monotonic() - began
         now = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
         run.save_progress(step, vars(at) | now)
@@ -305,23 +305,26 @@ def go_through(model, task, data, run, step, epochs, milestones, optimizer, part
                     bar.update()
                     if not bar.disable and at.batch % args.print_freq == 0:
                         bar.set_postfix(loss=at.total.item() / at.batch, accuracy=accuracy)
-                    if time.monotonic() - saved >= args.checkpoint_seconds:
-                        at.training += time.monotonic() - mark
+                    now = time.monotonic()
+                    at.training, mark = at.training + now - mark, now
+                    if now - saved >= args.checkpoint_seconds:
                         store()
                         saved = mark = time.monotonic()
                     utils.check_signals()
-                refuse_not_finite(model, at, step, args, scheduler)
+                refuse_not_finite(model, at, step, args, optimizer)
                 mean_loss = at.total.item() / at.batch
                 at.training += time.monotonic() - mark
                 if part is not None:
                     accuracy = validate(model, part, task.t, data, args)
                     if accuracy > at.best:
                         at.best, at.best_epoch = accuracy, at.epoch
-                        now = contents(model, optimizer, at.epoch, accuracy)
-                        at.best_contents = copy.deepcopy(now)
+                        if keep_best:
+                            best = contents(model, optimizer, at.epoch, accuracy)
+                            at.best_contents = copy.deepcopy(best)
                 if not bar.disable:
                     bar.set_postfix(loss=mean_loss, accuracy=accuracy)
-                scheduler.step()
+                for group in optimizer.param_groups:  # its state remembers the learning rate
+                    group["lr"] *= 0.1 ** list(milestones).count(at.epoch)
                 at.epoch, at.batch, at.total = at.epoch + 1, 0, torch.zeros_like(at.total)
                 if bar.disable and time.monotonic() - said > WORD_SECONDS:
                     words = f"{step}: epoch {at.epoch - 1}/{epochs}, loss {mean_loss:.3f}"
@@ -351,15 +354,14 @@ def where(at, epochs, steps):
     return f"at epoch {at.epoch} of {epochs}, after batch {at.batch} of {steps}"
 
 
-def refuse_not_finite(model, at, step, args, scheduler):
+def refuse_not_finite(model, at, step, args, optimizer):
     """Raise a Refusal when the losses so far or the model have become infinite or NaN."""
     tensors = [at.total, *(t for t in model.state_dict().values() if t.is_floating_point())]
     if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
-        loss = at.total.item() / max(1, at.batch)
+        loss, rate = at.total.item() / max(1, at.batch), optimizer.param_groups[0]["lr"]
         raise Refusal(
             f"{step}, epoch {at.epoch}: loss or weights are not finite (mean loss {loss:g}) at a "
-            f"learning rate of {scheduler.get_last_lr()[0]:g}; --lr {args.lr:g} is too high here, "
-            f"give a lower one"
+            f"learning rate of {rate:g}; --lr {args.lr:g} is too high here, give a lower one"
         )
 
 

@@ -48,11 +48,17 @@ def run(main):
         return main()
     except Refusal as refusal:
         words, status = refusal, 2
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         words, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
     except Interrupted as end:
         words, status = f"stopped by {signal.Signals(end.signum).name}", 128 + end.signum
-        words += f"{end.where}; give the same command again to go on"
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        words += f"{end.where}; give the same command again{without} to go on"
+    except BrokenPipeError:
+        sys.stdout = None  # else Python complains once more at its end
+        words, status = "its output was closed; give the same command again to go on", 2
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -26,8 +26,8 @@ from pathlib import Path
 import processes
 
 TINY = (
-    "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 64 --unlabel_num 2 "
-    "--save_dir run"
+    "--dataset digits --classifiers 3 --width 4 --epochs 2 --decreasing_lr 1 --batch_size 64 "
+    "--unlabel_num 2 --save_dir run"
 )
 BU = f"{TINY} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 --accept_decay -100"
 TRAIN = "--weight ../BU/run/task2_best_model.pt --mask ../BU/run/mask-3.pt --state 3"
@@ -92,7 +92,9 @@ def kill_until_done(scripts, command, folder, draw, longest, kills):
     argv = [*command.split(), "--checkpoint_seconds", "0"]
     while killed < kills:
         process = scripts.start(argv, folder)
-        time.sleep(draw.uniform(0, longest))
+        while not killed and not any(folder.glob("run/*_progress.pt")):
+            time.sleep(0.001)  # the first comes while it trains
+        time.sleep(draw.uniform(0, longest) if killed else 0)
         if draw.random() < 0.5:
             wait_for_a_write(folder)
         with contextlib.suppress(ProcessLookupError):  # it had ended by itself

@@ -5,6 +5,7 @@ What must come out is what the undisturbed run leaves, byte for byte (soak.outco
 
 import fcntl
 import io
+import json
 import os
 import pty
 import random
@@ -23,6 +24,9 @@ import pytest
 import soak
 import torch
 
+import pruning_utils
+import run as run_module
+import trainer
 import utils
 from run import Run
 
@@ -132,6 +136,53 @@ def test_a_signal_stores_the_step_and_ends_the_run(scripts, whole, tmp_path, sig
     assert in_task(tmp_path, 2) == ("stored" in line)
     assert scripts.run(TD, tmp_path).status == 0
     assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+
+
+def left_at(args, data, folder, monkeypatch, stop):
+    """A loop of task 2, stopped at the stop-th moment at which a signal counts (None: never).
+
+    Then it is gone through again, in a run that finds what the first left. Two prunings with one
+    optimizer come before it, as in main_TD. Returns the state and the momentum at the end.
+    """
+    args.save_dir, args.save_data_path = str(folder), str(folder / "data")
+    args.epochs, args.decreasing_lr, args.iter_epochs, args.lr = 3, [1, 2], 2, 0.05
+    generator = torch.Generator().manual_seed(6)
+    task = trainer.make_task(data, 2, (data.pool[:12], *torch.randn(2, 12, 2, generator=generator)))
+    moments = iter(range(10**6))
+
+    def check_signals():
+        if next(moments) == stop:
+            raise utils.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(utils, "check_signals", check_signals)
+    for _ in range(2):
+        run = Run("test", args, data, torch.device("cpu"))
+        model = trainer.make_model(args, torch.device("cpu"))
+        optimizer = trainer.make_optimizer(model, args, args.lr / 100)
+        try:
+            for number in (1, 2):
+                weights, masks = pruning_utils.weights(model), pruning_utils.masks_of(model)
+                pruning_utils.apply_mask(model, pruning_utils.prune(weights, masks, 0.2))
+                trainer.retrain(model, task, data, run, f"prune{number}", optimizer=optimizer)
+            found = trainer.train_task(model, task, data, run, "task2")
+        except utils.Interrupted:
+            continue
+        momentum = run.load("task2_checkpoint.pt")["optimizer"]["state"]
+        return next(moments), model.state_dict(), found.best_state, momentum, found.best_epoch
+    raise AssertionError("it did not go on")
+
+
+def test_a_loop_stopped_at_any_moment_goes_on_to_the_same_bits(args, data, tmp_path, monkeypatch):
+    moments, *wanted = left_at(args, data, tmp_path / "whole", monkeypatch, None)
+    assert moments > 30
+    for stop in range(0, moments - 1, 2):
+        _, *found = left_at(args, data, tmp_path / str(stop), monkeypatch, stop)
+        for state, other in zip(wanted[:2], found[:2]):
+            assert state.keys() == other.keys()
+            assert all(torch.equal(value, other[key]) for key, value in state.items()), stop
+        for key, value in wanted[2].items():
+            assert torch.equal(value["momentum_buffer"], found[2][key]["momentum_buffer"]), stop
+        assert wanted[3] == found[3]
 
 
 def test_signals_wait_for_what_belongs_together():
@@ -257,13 +308,37 @@ def test_damaged_records_are_written_anew(scripts, whole, finished, name):
     assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
 
 
-def test_a_damaged_latest_mask_is_noticed(scripts, whole, tmp_path):
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("current_mask.pt", ""),
+        ("mask-1.pt", "run/mask-1.pt: is damaged, so task1_ticket is done again\n"),
+        ("task2_prune_weight.pt", "so task2_ticket is done again\n"),
+        ("task3_prun_checkpoint.pt", "so task3_prun is done again\n"),
+    ],
+)
+def test_damaged_tickets_are_made_again(scripts, whole, tmp_path, name, words):
+    """And current_mask.pt is that of the last task all the same."""
     shutil.copytree(whole[0] / "BU", tmp_path / "BU")
-    path = tmp_path / "BU" / "run" / "current_mask.pt"
+    path = tmp_path / "BU" / "run" / name
     path.write_bytes(flip(path.read_bytes()))
     ended = scripts.run(soak.COMMANDS["BU"].split(), tmp_path / "BU")
-    assert "run/current_mask.pt: is damaged, so task3_ticket is done again" in ended.out
+    assert ended.status == 0 and words in ended.out
     assert soak.outcome(tmp_path / "BU") == soak.outcome(whole[0] / "BU")
+
+
+def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_it(
+    scripts, finished
+):
+    """As on another machine: here the journal is made to remember another outcome."""
+    path = finished / "run" / "run.json"
+    journal = json.loads(path.read_text())
+    journal.pop("checksum")
+    journal["steps"]["task2"]["files"]["task2_best_model.pt"] = 64 * "0"
+    path.write_text(json.dumps(journal | {"checksum": run_module.checksum_of(journal)}))
+    for _ in range(2):
+        ended = scripts.run(TD, finished)
+        refused(ended, "--save_dir run: task2, done again, came out otherwise", "--overwrite")
 
 
 # ------------------------------------------------------------------------------ settings
@@ -316,6 +391,37 @@ def test_results_without_a_journal_are_not_written_over(scripts, finished):
     assert scripts.run([*TD, "--overwrite"], finished).status == 0
 
 
+def test_progress_of_another_run_is_not_taken_up(scripts, whole, tmp_path):
+    """Its journal is lost, its progress is not."""
+    process = scripts.start([*TD, "--checkpoint_seconds", "0", "--seed", "1"], tmp_path)
+    wait_until(lambda: in_task(tmp_path, 1))
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
+    (tmp_path / "run" / "run.json").write_text("{")
+    ended = scripts.run([*TD, "--overwrite"], tmp_path)
+    assert "task1_progress.pt: is of another run; task1 begins anew" in ended.out
+    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
+    for each in (found, wanted):
+        each["results.json"]["config"].pop("overwrite")
+    assert found == wanted
+
+
+def test_overwrite_leaves_other_runs_alone(scripts, whole, tmp_path):
+    for name in ("CIL", "TD"):
+        shutil.copytree(whole[0] / name, tmp_path / name)
+    before = soak.outcome(tmp_path / "CIL")
+    other = f"main_TD.py {soak.COMMANDS['TD'].split(' ', 1)[1]} --overwrite"
+    refused(scripts.run(other.split(), tmp_path / "CIL"), "a run of main_CIL.py")
+    assert soak.outcome(tmp_path / "CIL") == before
+    # the data folder of another run: what lies there is not this run's
+    flags = ["--save_data_path", "../CIL/run/data", "--overwrite"]
+    process = scripts.start([*TD, *flags], tmp_path / "TD")
+    wait_until(lambda: not (tmp_path / "TD" / "run" / "task4_best_model.pt").exists())
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
+    assert soak.outcome(tmp_path / "CIL") == before
+
+
 def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, whole, finished):
     run = finished / "run"
     mine = [run / "notes.txt", run / "task9_best_model.pt", run / "data" / "task9_img.npy"]
@@ -352,6 +458,19 @@ def test_main_train_notices_another_ticket(scripts, whole, tmp_path):
 
 
 # ------------------------------------------------------------------------------ two at once
+
+
+def test_two_runs_do_not_share_a_data_folder_at_once(scripts, tmp_path):
+    process = scripts.start(TD, tmp_path)
+    wait_until(lambda: (tmp_path / "run" / "task0_checkpoint_weight.pt").exists())
+    command = [*soak.COMMANDS["CIL"].split(), "--save_data_path", "run/data", "--save_dir", "cil"]
+    second = subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True
+    )
+    assert second.returncode == 2
+    assert b"--save_data_path run/data: process %d is at work in it" % process in second.stderr
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
 
 
 def test_two_processes_on_one_folder(scripts, whole, tmp_path):
