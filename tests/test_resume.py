@@ -156,10 +156,10 @@ def left_at(args, data, folder, monkeypatch, stop):
 
     monkeypatch.setattr(utils, "check_signals", check_signals)
     for _ in range(2):
-        run = Run("test", args, data, torch.device("cpu"))
         model = trainer.make_model(args, torch.device("cpu"))
         optimizer = trainer.make_optimizer(model, args, args.lr / 100)
         try:
+            run = Run("test", args, data, torch.device("cpu"))
             for number in (1, 2):
                 weights, masks = pruning_utils.weights(model), pruning_utils.masks_of(model)
                 pruning_utils.apply_mask(model, pruning_utils.prune(weights, masks, 0.2))
