@@ -78,6 +78,10 @@ class Run(utils.Record):
         folder, slash, file = name.rpartition("/")
         return Path(self.args.save_data_path if slash else self.folder) / file
 
+    def data_folder(self):
+        """Where --save_data_path lies, seen from --save_dir, which may move with it."""
+        return os.path.relpath(self.args.save_data_path, self.folder)
+
     def lock(self, folder, flag, prefix=""):
         """Refuse a folder in which another process is at work. A killed one holds no lock."""
         path = folder / f".{prefix}lock"
@@ -153,16 +157,13 @@ class Run(utils.Record):
 
     def remove_all(self, script):
         """Remove what a run of this script has written here, and nothing else."""
-        journal = {"script": script, "steps": {}, "wrote": []}
+        journal = {"script": script, "wrote": []}
         with contextlib.suppress(Refusal):  # a damaged one: its files are replaced one by one
             journal = self.read_journal() or journal
         self.refuse_other_script(journal, script)
-        sums = {}
-        for entry in journal["steps"].values():
-            sums |= entry["files"]
+        same = journal.get("data_folder") == self.data_folder()
         for name in journal["wrote"]:
-            # --save_data_path may be another one than the run's: there, only what surely is its
-            if "/" not in name or utils.file_checksum(self.path(name)) == sums.get(name, ""):
+            if same or "/" not in name:  # in another --save_data_path lie others' files
                 self.remove(name)
         for name in ("log_results.txt", "results.json", "run.json"):  # the last tells of the files
             self.remove(self.prefix + name)
@@ -294,6 +295,7 @@ class Run(utils.Record):
 
     def write_journal(self):
         self.journal["seconds"] = time.monotonic() - self.began
+        self.journal["data_folder"] = self.data_folder()
         text = json.dumps(self.journal | {"checksum": checksum_of(self.journal)}, indent=1)
         utils.save_text(self.path(self.prefix + "run.json"), text)
 
