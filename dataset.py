@@ -224,11 +224,13 @@ def count_classes(args):
 
 
 def share_out(args, total):
-    """Tasks and classes of each, where one or both are not given: no class may be left over.
+    """Tasks and classes of each; where one or both are not given, no class may be left over.
 
     With neither: the most tasks up to ten, of two classes at least. Raises Refusal.
     """
     tasks, classes = args.classifiers, args.classes_per_classifier
+    if tasks and classes:
+        return tasks, classes
     found = f"the {total} classes of {args.source or place(args)}"
     for number, flag in ((tasks, "classifiers"), (classes, "classes_per_classifier")):
         if number and total % number:
@@ -340,10 +342,10 @@ def load(args, device, beside=None, pool=True):
             f"--classes_per_classifier choose others)",
             flush=True,
         )
-    # a class that is on the device is kept there alone
-    on_device = {
-        part: {c: torch.from_numpy(parts[part].pop(c)).to(device) for c in order} for part in PARTS
-    }
+    parts, on_device = {**parts}, {}
+    for part in PARTS:  # a part that is on the device is kept there alone
+        arrays = parts.pop(part)
+        on_device[part] = {c: torch.from_numpy(arrays[c]).to(device) for c in order}
     return Data(
         source=str(source),
         classifiers=tasks,
@@ -508,6 +510,8 @@ def read_prepared(name, source, pool):
         meta["names"] = {int(c): word for c, word in meta["names"].items()}
         if sorted(meta["names"]) != list(range(len(meta["names"]))):
             raise ValueError("the classes in meta.json do not count from 0")
+        if not all(isinstance(name, str) for name in meta["names"].values()):
+            raise ValueError("a class name in meta.json is no text")
         for key in ("mean", "std") if name == "folder" else ():
             meta[key] = [float(value) for value in meta[key]]
             if len(meta[key]) != 3 or not all(0 <= value <= 1 for value in meta[key]):
@@ -561,7 +565,8 @@ def digits():
 
 def table(data):
     """The classes in task order with the counts of each part, as lines of text."""
-    row = "{:>4}  {:>5}  {:<12}  {:>6}  {:>6}  {:>6}  {:>9}".format
+    width = max(12, *(len(data.names.get(k, "")) for k in data.order))
+    row = f"{{:>4}}  {{:>5}}  {{:<{width}}}  {{:>6}}  {{:>6}}  {{:>6}}  {{:>9}}".format
     lines = [row("task", "class", "name", *PARTS)]
     c = data.classes_per_classifier
     for place, k in enumerate(data.order):
@@ -573,10 +578,11 @@ def table(data):
     return "\n".join([*lines, f"pool: {len(data.pool)} unlabeled images; all {height}x{width}"])
 
 
-def preview(data, path, columns=8, scale=2):
-    """Write a picture: a row for each task, `columns` training images of each of its classes."""
+def preview(data, path):
+    """Write a picture: a row for each task, some training images of each of its classes."""
     c = data.classes_per_classifier
-    height, width = (scale * side for side in data.pool.shape[1:3])
+    columns = max(2, 16 // c)
+    height, width = (max(1, 64 // side) * side for side in data.pool.shape[1:3])
     margin, gap, label = 70, 12, 16
     size = (margin + c * (columns * width + gap), data.classifiers * (height + label + 4) + 4)
     picture = Image.new("RGB", size, "white")

@@ -95,8 +95,8 @@ def square(image, side):
     """The centre square of a Pillow image, resized (antialiased): uint8 [side,side,3]."""
     edge = min(image.size)
     left, top = ((length - edge) // 2 for length in image.size)
-    box = (left, top, left + edge, top + edge)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
+    image = image.crop((left, top, left + edge, top + edge))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def picture(source, name, side):
@@ -276,7 +276,10 @@ def find_tiny_imagenet(raw, given):
         if place.is_file() or (place / "val" / "val_annotations.txt").is_file():
             return place
     if given:
-        raise Refusal(f"--raw {raw}: put {file} there, or the folder that it holds, or name either")
+        raise Refusal(
+            f"--raw {raw}: found neither {file} nor its folder (with val/val_annotations.txt); "
+            f"put it there, or name it"
+        )
     part = raw / f"{file}.part"
     try:
         download_url(TINY_IMAGENET_URL, raw, part.name, md5)
