@@ -221,8 +221,8 @@ def images_in(folder, below="*"):
 # ------------------------------------------------------------------------------ the sets
 
 
-# Each reader gives images by class, train and test; the names of the classes; the set's own pool
-# (or None) and where it is from. What is to be decoded is names of files, all else uint8 images.
+# Each reader gives train and test by class, the names of the classes, and the set's own pool: as
+# images uint8 [n,32,32,3] (CIFAR), or as the names of files that are still to be decoded.
 
 
 def official(kind, raw, given, is_pool):
@@ -252,14 +252,14 @@ def official(kind, raw, given, is_pool):
         ) from None
 
 
-def read_cifar(name, raw, given, own_pool):
+def read_cifar(name, raw, given, with_pool):
     """CIFAR-10 or CIFAR-100; the pool of each are the training images of the other."""
     kind, other = (CIFAR10, CIFAR100) if name == "cifar10" else (CIFAR100, CIFAR10)
     if given and raw.name in (CIFAR10.base_folder, CIFAR100.base_folder):
         raw = raw.parent
     both = official(kind, raw, given, is_pool=False)
     pool, origin = None, None
-    if own_pool:
+    if with_pool:
         pool = official(other, raw, given, is_pool=True)[0].data
         origin = f"{'CIFAR-100' if other is CIFAR100 else 'CIFAR-10'} training images"
     train, test = (
@@ -518,14 +518,15 @@ def prepare(
 
     if name == "tiny_imagenet":
         files = find_tiny_imagenet(raw, given)
-        train, test, names, own = read_tiny_imagenet(files)
+        train, test, names, own_files = read_tiny_imagenet(files)
         own_origin = "Tiny-ImageNet test images"
     elif name == "folder":
         files = Path(source)
-        train, test, names, own = read_folder(files, seed)
+        train, test, names, own_files = read_folder(files, seed)
         own_origin = f"{files / 'unlabeled'}"
     else:
-        train, test, names, own, own_origin = read_cifar(name, raw, given, own_pool=not pools)
+        found = read_cifar(name, raw, given, with_pool=not pools)
+        train, test, names, own_pool, own_origin = found
         files = None
     few = [c for c in train if len(train[c]) < LEAST]
     if few and name == "folder":
@@ -535,21 +536,21 @@ def prepare(
         )
     if empty := [names[c] for c in test if not len(test[c])]:
         raise Refusal(f"{files}: class {empty[0]} has no test image; put some there")
-    # what is not wanted is not decoded
-    wanted = {("train", c): shuffled(np.array(train.pop(c)), seed, "per_class", c) for c in names}
-    wanted |= {("test", c): np.array(test.pop(c)) for c in names}
-    wanted = {key: images[:per_class] for key, images in wanted.items()}
-    if files and not pools and own:
-        wanted["pool"] = own
-    images = decode(files, wanted, side) if files else wanted | {"pool": own}
-    del wanted
-    if not pools:
-        pools, origin = [images.pop("pool", None)], own_origin
-
     parts = {part: {} for part in PARTS}
-    for c in names:
-        split(images.pop(("train", c)), c, parts, seed)
-        parts["test"][c] = images.pop(("test", c))
+    for c in names:  # of files the names are split, so that all are decoded to where they stay
+        own = shuffled(np.asarray(train.pop(c)), seed, "per_class", c)[:per_class]
+        split(own, c, parts, seed)
+        parts["test"][c] = np.asarray(test.pop(c))[:per_class]
+    if files:
+        wanted = {(part, c): own for part in PARTS for c, own in parts[part].items()}
+        if own_files and not pools:
+            wanted["pool"] = own_files
+        images = decode(files, wanted, side)
+        own_pool = images.pop("pool", None)
+        for (part, c), own in images.items():
+            parts[part][c] = own
+    if not pools:
+        pools, origin = [own_pool], own_origin
     meta = {"dataset": name, "names": names, "pool": origin, "per_class": per_class, "seed": seed}
     meta["image_size"] = side
     if name == "folder":
