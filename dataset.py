@@ -12,6 +12,7 @@ prepare.py, and shows it:
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,7 +263,8 @@ def read_meta(source):
 
 def holds_set(name, source):
     """Whether a folder holds a prepared set or the published pickles, by the names of files."""
-    return (source / "meta.json").exists() or (source / f"{name}_train.pkl").exists()
+    files = (source / "meta.json", source / f"{name}_train.pkl")
+    return any(map(os.path.exists, files))  # which takes a name that is too long for an absent one
 
 
 def obtain(args, source, per_class=None, seed=None):
@@ -312,7 +314,7 @@ def load(args, device, beside=None, pool=True):
         meta = {"names": names}
     else:
         source = place(args)
-        absent = not source.is_dir() or not any(source.iterdir())
+        absent = not os.path.isdir(source) or not any(source.iterdir())
         if absent and args.data and not (args.raw or args.source):
             raise Refusal(
                 f"--data {source}: no such folder, or empty; make it with: python dataset.py "
@@ -621,7 +623,7 @@ def main(argv=None):
     complete(args)  # what is wrong is told before anything is made
     if args.dataset != "digits":
         args.data = str(folder)
-        if (folder / "meta.json").exists():
+        if os.path.exists(folder / "meta.json"):
             print(f"{folder}: prepared before")
         obtain(args, folder, args.per_class, args.seed)
         vars(args).update(asked)

@@ -340,7 +340,8 @@ def read_tiny_imagenet(source):
 def classes_in(folder):
     """The names of the class folders of --source, sorted. Raises Refusal if there are none."""
     part = Path(folder) / "train"
-    names = sorted(p.name for p in part.glob("*") if p.is_dir() and not p.name.startswith("."))
+    found = part.glob("[!.]*") if os.path.isdir(part) else ()
+    names = sorted(path.name for path in found if path.is_dir())
     if not names:
         raise Refusal(f"--source {folder}: put a folder of images for each class into {part}")
     return names
@@ -390,7 +391,7 @@ def read_pool(path, side):
     Returns uint8 [n,side,side,3]. Raises Refusal.
     """
     where, path = f"--unlabeled {path}", Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         names = images_in(path, "**/*")
         if not names:
             raise Refusal(f"{where}: a folder without images, name another")
@@ -506,10 +507,11 @@ def prepare(
     for the set 'folder', which become image_size x image_size.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"--data {folder}: exists and is not empty; delete it or name another")
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
-    if given and not raw.is_dir() and not (name == "tiny_imagenet" and raw.is_file()):
+    # os.path: a name that is too long is no error there, just not found
+    if given and not os.path.isdir(raw) and not (name == "tiny_imagenet" and os.path.isfile(raw)):
         raise Refusal(f"--raw {raw}: no such folder")
     side = {"tiny_imagenet": 64, "folder": image_size or 32}.get(name, 32)
     pools = [read_pool(path, side) for path in unlabeled or ()]

@@ -42,7 +42,7 @@ def noise(seed, side=64, mode="RGB"):
     """A smooth random image, which survives JPEG."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, bands), dtype=np.uint8)
-    image = Image.fromarray(small.squeeze(-1) if bands == 1 else small, mode)
+    image = Image.fromarray(small.squeeze(-1) if bands == 1 else small)
     return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
@@ -505,6 +505,22 @@ def test_a_script_prepares_a_folder_by_itself():
 def test_a_folder_that_is_not_named_is_asked_for(argv):
     for script in (load, lambda *argv: dataset.main(argv)):
         refused(lambda script=script: script(*argv.split()), "--source")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--raw {}",
+        "--unlabeled {}",
+        "--dataset folder --source {}",
+        "--dataset tiny_imagenet --raw {}",
+    ],
+)
+def test_a_name_that_is_too_long_is_refused(flags):
+    flags = flags.format(5000 * "x").split()
+    for script in (load, lambda *argv: dataset.main(argv)):
+        refused(lambda script=script: script(*flags), "xxx")
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("flag", ["--source mine", "--image_size 32"])
