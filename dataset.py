@@ -1,19 +1,19 @@
 """Dict-of-classes data sets, held on the device as uint8, and the batches made there.
 
 A set is a dict {class id: uint8 [n,H,W,3]} for each of train, val, test and exemplars, and a pool
-of unlabeled images uint8 [n,H,W,3] (METHOD.md section 2). As a script it prepares one:
+of unlabeled images uint8 [n,H,W,3] (METHOD.md section 2). As a script it prepares one, by
+prepare.py, and shows it:
 
     python dataset.py --dataset cifar10                      downloads what it needs to data/raw
-    python dataset.py --dataset cifar10 --raw DIR            DIR holds the official files
+    python dataset.py --dataset tiny_imagenet --raw FILE     the official file, already here
+    python dataset.py --dataset folder --source DIR          images of your own: DIR/train/<class>/*
     python dataset.py --dataset cifar10 --per_class 300 --data data/small
 """
 
 import hashlib
 import json
 import os
-import pickle
-import shutil
-import tempfile
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,20 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
 
 import utils
+from prepare import PARTS, check_images, classes_in, file_of, prepare, shuffled, split
 from utils import Refusal
 
-EXEMPLARS = 100  # of each class, a part of train, kept for good
-PARTS = ("train", "val", "test", "exemplars")
 DIGITS = Path(__file__).parent / "data" / "digits.npz"
 
 
-def permuted(classes):
-    """The class order of sets with no published one: seed 1993, as iCaRL and its successors do."""
-    return np.random.RandomState(1993).permutation(classes).tolist()
+def permuted(classes, seed=1993):
+    """A class order. Sets with no published one have that of seed 1993, as in iCaRL and since."""
+    return np.random.RandomState(seed).permutation(classes).tolist()
 
 
 class Facts(NamedTuple):
@@ -43,10 +40,10 @@ class Facts(NamedTuple):
 
     classifiers: int
     classes_per_classifier: int
-    order: list
+    order: list  # None: none was published
     mean: tuple
     std: tuple
-    pad: int = 4  # black pixels around a training image before the random crop
+    pad: int  # black pixels around a training image before the random crop
 
 
 DATASETS = {
@@ -56,14 +53,33 @@ DATASETS = {
         order=[9, 8, 7, 1, 5, 0, 3, 4, 6, 2],
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
+        pad=4,
+    ),
+    "cifar100": Facts(
+        classifiers=10,
+        classes_per_classifier=10,
+        order=None,
+        mean=(0.5071, 0.4866, 0.4409),
+        std=(0.2009, 0.1984, 0.2023),
+        pad=4,
+    ),
+    "tiny_imagenet": Facts(
+        classifiers=10,
+        classes_per_classifier=20,
+        order=None,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        pad=8,
     ),
     "digits": Facts(
         classifiers=5,
         classes_per_classifier=2,
-        order=permuted(10),
+        order=None,
         mean=(0.3066, 0.3066, 0.3066),  # of its own training images
         std=(0.3767, 0.3767, 0.3767),
+        pad=4,
     ),
+    "folder": None,  # its images tell; an eighth of their side is padded, as with the others
 }
 
 
@@ -174,58 +190,267 @@ def complete(args):
     """Check --dataset and fill in the number of tasks and of their classes. Raises Refusal."""
     if args.dataset not in DATASETS:
         raise Refusal(f"--dataset {args.dataset}: unknown; give one of {', '.join(DATASETS)}")
-    facts = DATASETS[args.dataset]
-    args.classifiers = args.classifiers or facts.classifiers
-    args.classes_per_classifier = args.classes_per_classifier or facts.classes_per_classifier
+    for flag in ("source", "image_size"):
+        if args.dataset != "folder" and getattr(args, flag) is not None:
+            raise Refusal(f"--{flag} {getattr(args, flag)}: goes with --dataset folder alone")
+    facts, total = DATASETS[args.dataset], count_classes(args)
     tasks, classes = args.classifiers, args.classes_per_classifier
-    if tasks * classes > len(facts.order):
+    whole = facts and total >= facts.classifiers * facts.classes_per_classifier
+    if whole:
+        tasks = tasks or facts.classifiers
+        classes = classes or facts.classes_per_classifier
+    else:
+        tasks, classes = share_out(args, total)
+    args.classifiers, args.classes_per_classifier = tasks, classes
+    found = f"--classifiers {tasks} x --classes_per_classifier {classes} = {tasks * classes}"
+    if tasks * classes > total:
+        raise Refusal(f"{found}: {args.dataset} has {total} classes, give fewer")
+    if not facts and tasks * classes != total:
+        raise Refusal(f"{found}: there are {total} classes, leave none out or take some away")
+
+
+def count_classes(args):
+    """How many classes the set has: as prepared, or as its source has them."""
+    meta = read_meta(folder_of(args))
+    if isinstance(names := meta.get("names"), dict) and names:
+        return len(names)
+    if facts := DATASETS[args.dataset]:
+        return facts.classifiers * facts.classes_per_classifier
+    if not args.source:
         raise Refusal(
-            f"--classifiers {tasks} x --classes_per_classifier {classes} = {tasks * classes}: "
-            f"{args.dataset} has {len(facts.order)} classes, give fewer"
+            f"--dataset folder: {folder_of(args)} is not prepared; name the images with --source "
+            f"DIR, or the prepared set with --data"
         )
+    return len(classes_in(args.source))
 
 
-def load(args, device):
+def share_out(args, total):
+    """Tasks and classes of each; where one or both are not given, no class may be left over.
+
+    With neither: the most tasks up to ten, of two classes at least. Raises Refusal.
+    """
+    tasks, classes = args.classifiers, args.classes_per_classifier
+    if tasks and classes:
+        return tasks, classes
+    found = f"the {total} classes of {args.source or folder_of(args)}"
+    for number, flag in ((tasks, "classifiers"), (classes, "classes_per_classifier")):
+        if number and total % number:
+            raise Refusal(f"--{flag} {number}: {found} do not divide evenly, give another number")
+    if tasks or classes:
+        return tasks or total // classes, classes or total // tasks
+    for tasks in range(min(10, total // 2), 1, -1):
+        if total % tasks == 0:
+            return tasks, total // tasks
+    raise Refusal(
+        f"--dataset {args.dataset}: {found} do not divide evenly into 2 to 10 tasks of two or "
+        f"more; take some away, or give --classifiers"
+    )
+
+
+def folder_of(args):
+    """The folder of the prepared set."""
+    return Path(args.data or f"data/{args.dataset}")
+
+
+def read_meta(source):
+    """What meta.json of a prepared set says; {} where there is none, or none that can be read."""
+    try:
+        meta = json.loads((source / "meta.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def holds_set(name, source):
+    """Whether a folder holds a prepared set or the published pickles, by the names of files."""
+    files = (source / "meta.json", source / f"{name}_train.pkl")
+    return any(map(os.path.exists, files))  # which takes a name that is too long for an absent one
+
+
+def obtain(args, source, per_class=None, seed=None):
+    """Prepare the set in `source` if it is not there; refuse one made with other wishes."""
+    wishes = {
+        "per_class": per_class,
+        "pool": ", ".join(args.unlabeled) if args.unlabeled else None,
+        "seed": seed,
+        "source": args.source and str(Path(args.source)),
+        "image_size": args.image_size,
+    }
+    if not holds_set(args.dataset, source):
+        if args.dataset == "folder" and not args.source:
+            raise Refusal(f"--data {source}: no prepared set; name the images with --source DIR")
+        prepare(
+            args.dataset,
+            source,
+            args.raw,
+            args.unlabeled,
+            per_class,
+            seed or 0,
+            args.source,
+            args.image_size,
+        )
+    made = read_meta(source)
+    for key, wish in wishes.items():
+        if wish is not None and made.get(key) != wish:
+            raise Refusal(
+                f"--data {source}: was prepared with {key} {made.get(key)}, not {wish}; "
+                f"delete it or name another"
+            )
+
+
+def load(args, device, beside=None, pool=True):
     """The data set of args.dataset and args.data on `device`. Raises Refusal.
 
-    Without --data, data/<dataset> is prepared first if it is not there.
+    Without --data, data/<dataset> is prepared first if it is not there. beside: a file of a run,
+    whose class order is taken. pool: whether the unlabeled images are needed; with --no_teaching
+    they are not, and nothing of them is read.
     """
+    pool = pool and not args.no_teaching
     if args.dataset == "digits":
-        if args.data:
-            raise Refusal(f"--data {args.data}: digits are embedded, leave --data out")
-        source, (parts, pool, names) = DIGITS, digits()
+        for flag in ("data", "raw", "unlabeled"):
+            if getattr(args, flag):
+                raise Refusal(f"--{flag} {getattr(args, flag)}: digits are embedded, leave it out")
+        source, (parts, images, names) = DIGITS, digits()
+        meta = {"names": names}
     else:
-        source = Path(args.data or f"data/{args.dataset}")
-        if not source.is_dir() or not any(source.iterdir()):
-            if args.data:
-                raise Refusal(
-                    f"--data {source}: no such folder, or empty; make it with: python dataset.py "
-                    f"--dataset {args.dataset} --data {source}"
-                )
-            prepare(args.dataset, source)
-        parts, pool, names = read(args.dataset, source)
-    facts = DATASETS[args.dataset]
-    order = facts.order[: args.classifiers * args.classes_per_classifier]
-    shape = pool.shape[1:]
+        source = folder_of(args)
+        absent = not os.path.isdir(source) or not any(source.iterdir())
+        if absent and args.data and not (args.raw or args.source):
+            raise Refusal(
+                f"--data {source}: no such folder, or empty; make it with: python dataset.py "
+                f"--dataset {args.dataset} --data {source}"
+            )
+        if absent or holds_set(args.dataset, source):
+            obtain(args, source)
+        parts, images, meta = read(args.dataset, source, pool)
+    facts, names = DATASETS[args.dataset], meta["names"]
+    tasks, classes = args.classifiers, args.classes_per_classifier
+    total = len(names) or facts.classifiers * facts.classes_per_classifier
+    if tasks * classes > total:
+        raise Refusal(
+            f"--classifiers {tasks} x --classes_per_classifier {classes} = {tasks * classes}: "
+            f"{source} has {total} classes, give fewer"
+        )
+    order = class_order(args, names, total, beside)[: tasks * classes]
+    shape = images.shape[1:] if pool else first_shape(parts["train"])
     if min(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
         raise Refusal(f"{source}: found images of {list(shape)}, give at least 9x9")
     for part in PARTS:
         check_part(source, part, parts[part], order, shape)
-    on_device = {
-        part: {c: torch.from_numpy(parts[part][c]).to(device) for c in order} for part in PARTS
-    }
+    if not pool:
+        images = np.zeros((0, *shape), np.uint8)
+    mean, std = (facts.mean, facts.std) if facts else (meta["mean"], meta["std"])
+    if not facts or total < facts.classifiers * facts.classes_per_classifier:
+        print(
+            f"{source}: {total} classes, {tasks} tasks of {classes} (--classifiers and "
+            f"--classes_per_classifier choose others)",
+            flush=True,
+        )
+    parts, on_device = {**parts}, {}
+    for part in PARTS:  # a part that is on the device is kept there alone
+        arrays = parts.pop(part)
+        on_device[part] = {c: torch.from_numpy(arrays[c]).to(device) for c in order}
     return Data(
         source=str(source),
-        classifiers=args.classifiers,
-        classes_per_classifier=args.classes_per_classifier,
+        classifiers=tasks,
+        classes_per_classifier=classes,
         order=order,
-        pool=torch.from_numpy(pool).to(device),
-        mean=torch.tensor(facts.mean, device=device).view(3, 1, 1),
-        std=torch.tensor(facts.std, device=device).view(3, 1, 1),
-        pad=facts.pad,
+        pool=torch.from_numpy(images).to(device),
+        mean=torch.tensor(mean, device=device).view(3, 1, 1),
+        std=torch.tensor(std, device=device).view(3, 1, 1),
+        pad=facts.pad if facts else shape[0] // 8,
         names=names,
         **on_device,
     )
+
+
+def first_shape(arrays):
+    """[H,W,3] of a part's images, or None where it is none."""
+    for images in arrays.values() if isinstance(arrays, dict) else ():
+        return getattr(images, "shape", (None,))[1:]
+    return None
+
+
+# ------------------------------------------------------------------------------ class order
+
+
+def class_order(args, names, total, beside=None):
+    """The ids of all classes (or those that a file lists), in the order in which they come.
+
+    names: {id: name}, {} where unknown; total: number of classes. beside: a checkpoint; the order
+    of the run that it lies in holds unless --class_order is given, which may not differ then.
+    """
+    order, facts = args.class_order, DATASETS[args.dataset]
+    needed = args.classifiers * args.classes_per_classifier
+    if order in (None, "published"):
+        asked = (facts and facts.order) or permuted(total)
+    elif order == "sorted":
+        asked = list(range(total))
+    elif seed := re.fullmatch(r"random:(\d{1,10})", order, re.ASCII):
+        if int(seed[1]) >= 2**32:
+            raise Refusal(f"--class_order {order}: the seed must be below {2**32}")
+        asked = permuted(total, int(seed[1]))
+    else:
+        asked = read_order(order, names, total)
+    if len(asked) < needed:
+        raise Refusal(
+            f"--class_order {order}: lists {len(asked)} classes, give at least the {needed} of "
+            f"--classifiers x --classes_per_classifier"
+        )
+    recorded = order_beside(beside, args, needed, total) if beside else None
+    if recorded and order and asked[:needed] != recorded:
+        raise Refusal(
+            f"--class_order {order}: the run of {beside} has the order "
+            f"{','.join(map(str, recorded))}; leave the flag out to take that"
+        )
+    return recorded or asked
+
+
+def read_order(path, names, total):
+    """The class ids that a file lists, one name or id a line. Raises Refusal."""
+    known = {str(c): c for c in range(total)} | {name: c for c, name in names.items()}
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"--class_order {path}: neither published, sorted, random:SEED nor a file that can be "
+            f"read ({utils.first_line(error)})"
+        ) from None
+    order = []
+    for number, line in enumerate(lines, 1):
+        if line and line not in known:
+            raise Refusal(f"--class_order {path}: line {number}, {line[:40]!r}, is no class")
+        if line and known[line] in order:
+            raise Refusal(f"--class_order {path}: line {number} lists {line!r} once more")
+        if line:
+            order.append(known[line])
+    return order
+
+
+def order_beside(path, args, needed, total):
+    """The class order of the run whose file `path` is; None if none of this set is recorded."""
+    path = Path(path)
+    prefix = re.match(r"(retrain_task\d+_)?", path.name)[0]
+    for record in (path.with_name(f"{prefix}results.json"), path.with_name("results.json")):
+        if not record.exists():
+            continue
+        try:
+            content = json.loads(record.read_text())
+            if content["config"]["dataset"] != args.dataset:
+                return None
+            order = content["class_order"][:needed]
+            fits = len(order) == needed == len({*order}) and {*order} <= {*range(total)}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            fits = False
+        if fits:
+            return order
+        if args.class_order:
+            return None
+        raise Refusal(f"{record}: tells no class order that fits; give it with --class_order")
+    return None
+
+
+# ------------------------------------------------------------------------------ reading sets
 
 
 def fingerprint(data):
@@ -253,43 +478,44 @@ def check_part(source, part, arrays, order, shape):
             )
 
 
-def check_images(where, images):
-    """Refuse what is not a uint8 array [n,H,W,3] of at least one image."""
-    if not isinstance(images, np.ndarray):
-        found = type(images).__name__
-    elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        found = f"{images.dtype} {list(images.shape)}"
-    else:
-        return
-    raise Refusal(f"{where}: found {found}, give uint8 [n,H,W,3], n > 0")
+def read(name, source, pool=True):
+    """Parts, pool and meta of a folder: a prepared set, or the published pickles.
 
-
-def read(name, source):
-    """Parts, pool and class names of a folder: a prepared set, or the published pickles."""
+    meta: a dict with names ({id: name}), and mean and std where the set has its own. The pool is
+    None unless it is wanted.
+    """
     if (source / "meta.json").exists():
-        return read_prepared(name, source)
+        return read_prepared(name, source, pool)
     if (source / f"{name}_train.pkl").exists():
-        return read_published(name, source)
+        return read_published(name, source, pool)
     raise Refusal(
         f"--data {source}: holds neither a prepared {name} set nor the published pickles "
         f"({name}_train.pkl, ...); make one with: python dataset.py --dataset {name} --data DIR"
     )
 
 
-def file_of(part):
-    """The published files call the exemplars save_100."""
-    return f"save_{EXEMPLARS}" if part == "exemplars" else part
-
-
-def read_prepared(name, source):
+def read_prepared(name, source, pool):
     path = source / "meta.json"
     try:
         meta = json.loads(path.read_text())
         if meta["dataset"] != name:
             raise Refusal(f"--data {source}: holds {meta['dataset']}, give it as --dataset")
-        names = {int(c): word for c, word in meta["names"].items()}
-        if not all(isinstance(word, str) for word in names.values()):
-            raise ValueError("names are text")
+        if pool and meta.get("pool", "") is None:
+            raise Refusal(
+                f"--data {source}: was prepared without a pool; train with --no_teaching, or "
+                f"prepare it anew with --unlabeled"
+            )
+        meta["names"] = {int(c): word for c, word in meta["names"].items()}
+        if sorted(meta["names"]) != list(range(len(meta["names"]))):
+            raise ValueError("the classes in meta.json do not count from 0")
+        if not all(isinstance(name, str) for name in meta["names"].values()):
+            raise ValueError("a class name in meta.json is no text")
+        for key in ("mean", "std") if name == "folder" else ():
+            meta[key] = [float(value) for value in meta[key]]
+            if len(meta[key]) != 3 or not all(0 <= value <= 1 for value in meta[key]):
+                raise ValueError(f"{key} in meta.json is not three numbers from 0 to 1")
+        if name == "folder" and not all(meta["std"]):
+            raise ValueError("std in meta.json is 0")
         parts = {}
         for part in PARTS:
             path = source / f"{name}_{file_of(part)}.npz"
@@ -298,7 +524,7 @@ def read_prepared(name, source):
                 parts[part] = {int(c): arrays[c] for c in arrays.files}
                 if len(parts[part]) < len(arrays.files):
                     raise ValueError("a class is there twice")
-        pool = utils.load_array(source / f"{name}_pool.npy")
+        images = utils.load_array(source / f"{name}_pool.npy") if pool else None
     except Refusal:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -307,19 +533,22 @@ def read_prepared(name, source):
             f"--data {source}: {path.name} is damaged or missing ({words}); delete the folder, "
             f"prepare it anew"
         ) from None
-    check_images(source / f"{name}_pool.npy", pool)
-    return parts, pool, names
+    if pool:
+        check_images(source / f"{name}_pool.npy", images)
+    return parts, images, meta
 
 
-def read_published(name, source):
+def read_published(name, source, pool):
     parts = {
         part: utils.load_arrays_pickle(source / f"{name}_{file_of(part)}.pkl") for part in PARTS
     }
-    path = source / f"{name}_80m_150k.pkl"
-    content = utils.load_arrays_pickle(path)
-    pool = content.get("data") if isinstance(content, dict) else None
-    check_images(f"{path}: 'data'", pool)
-    return parts, pool, {}
+    images = None
+    if pool:
+        path = source / f"{name}_80m_150k.pkl"
+        content = utils.load_arrays_pickle(path)
+        images = content.get("data") if isinstance(content, dict) else None
+        check_images(f"{path}: 'data'", images)
+    return parts, images, {"names": {}}
 
 
 def digits():
@@ -341,114 +570,13 @@ def digits():
     return parts, np.concatenate(pool), {c: str(c) for c in range(10)}
 
 
-# ------------------------------------------------------------------------------ preparing
-
-
-def shuffled(images, seed, *purpose):
-    return images[torch.randperm(len(images), generator=utils.stream(seed, *purpose)).numpy()]
-
-
-def split(images, c, parts, seed, exemplars=EXEMPLARS):
-    """Split the training images of class c 9:1 into train and val; draw exemplars from train."""
-    images = shuffled(images, seed, "split", c)
-    held_out = round(len(images) / 10)
-    parts["val"][c], parts["train"][c] = images[:held_out], images[held_out:]
-    parts["exemplars"][c] = shuffled(parts["train"][c], seed, "exemplars", c)[:exemplars]
-
-
-def official(kind, raw, given):
-    """A torchvision set, train and test, from the folder raw, downloaded unless `given`."""
-    # "downloading" a sound archive that is there already only unpacks it
-    download = not given or check_integrity(raw / kind.filename, kind.tgz_md5)
-    try:
-        return [kind(raw, train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        words, wanted = utils.first_line(error), f"{kind.filename} or the folder {kind.base_folder}"
-        pool = (
-            ", or give another pool with --unlabeled"
-            if kind is CIFAR100
-            else f"; likewise {CIFAR100.filename}"
-        )
-        if given:
-            raise Refusal(
-                f"--raw {raw}: holds no sound {kind.__name__} ({words}); put {wanted} there{pool}"
-            ) from None
-        raise Refusal(
-            f"{kind.__name__} cannot be downloaded ({words}); put {wanted} into {raw}, or name its "
-            f"folder with python dataset.py --raw DIR{pool}"
-        ) from None
-
-
-def prepare(name, folder, raw=None, unlabeled=None, per_class=None, seed=0):
-    """Make the prepared set `folder` from the official files: wholly, or not at all.
-
-    raw: folder of the official files (default: <folder>/../raw, downloaded to). unlabeled: .npy
-    file uint8 [n,H,W,3] for the pool (default: the CIFAR-100 training images). per_class: at most
-    so many training (before the split) and test images of each class. Raises Refusal.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refusal(f"--data {folder}: exists and is not empty; delete it or name another")
-    given, raw = raw is not None, Path(raw or folder.parent / "raw")
-    if given and not raw.is_dir():
-        raise Refusal(f"--raw {raw}: no such folder, give that of the official files")
-    if given and raw.name in (CIFAR10.base_folder, CIFAR100.base_folder):
-        raw = raw.parent
-    if unlabeled:
-        pool, origin = utils.load_array(unlabeled), str(unlabeled)
-        check_images(f"--unlabeled {unlabeled}", pool)
-    print(f"preparing {name} in {folder} ...", flush=True)
-    train, test = official(CIFAR10, raw, given)
-    if not unlabeled:
-        pool, origin = official(CIFAR100, raw, given)[0].data, "CIFAR-100 training images"
-    if pool.shape[1:] != train.data.shape[1:]:
-        found = f"found images of {list(pool.shape)}, give [n,32,32,3]"
-        raise Refusal(f"--unlabeled {unlabeled}: {found}")
-    parts = {part: {} for part in PARTS}
-    for c in range(len(train.classes)):
-        own = train.data[np.array(train.targets) == c]
-        split(shuffled(own, seed, "per_class", c)[:per_class], c, parts, seed)
-        parts["test"][c] = test.data[np.array(test.targets) == c][:per_class]
-    meta = {
-        "dataset": name,
-        "names": dict(enumerate(train.classes)),
-        "pool": origin,
-        "per_class": per_class,
-        "seed": seed,
-    }
-    write_set(name, folder, parts, pool, meta)
-
-
-def write_set(name, folder, parts, pool, meta):
-    """Write the files beside `folder` and rename them into place: a half-made set never shows."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise Refusal(f"--data {folder}: cannot be written ({utils.first_line(error)})") from None
-    try:
-        for part, arrays in parts.items():
-            by_name = {str(c): images for c, images in arrays.items()}
-            np.savez(beside / f"{name}_{file_of(part)}.npz", **by_name)
-        np.save(beside / f"{name}_pool.npy", pool)
-        (beside / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        beside.chmod(0o755)  # mkdtemp makes it private
-        for file in beside.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.rename(beside, folder)
-    except OSError as error:
-        if not (folder / "meta.json").exists():  # else another process was first, with the same
-            raise Refusal(
-                f"--data {folder}: cannot be written ({utils.first_line(error)})"
-            ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+# ------------------------------------------------------------------------------ the command
 
 
 def table(data):
     """The classes in task order with the counts of each part, as lines of text."""
-    row = "{:>4}  {:>5}  {:<12}  {:>6}  {:>6}  {:>6}  {:>9}".format
+    width = max(12, *(len(data.names.get(k, "")) for k in data.order))
+    row = f"{{:>4}}  {{:>5}}  {{:<{width}}}  {{:>6}}  {{:>6}}  {{:>6}}  {{:>9}}".format
     lines = [row("task", "class", "name", *PARTS)]
     c = data.classes_per_classifier
     for place, k in enumerate(data.order):
@@ -460,10 +588,11 @@ def table(data):
     return "\n".join([*lines, f"pool: {len(data.pool)} unlabeled images; all {height}x{width}"])
 
 
-def preview(data, path, columns=8, scale=2):
-    """Write a picture: a row for each task, `columns` training images of each of its classes."""
+def preview(data, path):
+    """Write a picture: a row for each task, some training images of each of its classes."""
     c = data.classes_per_classifier
-    height, width = (scale * side for side in data.pool.shape[1:3])
+    columns = max(2, 16 // c)
+    height, width = (max(1, 64 // side) * side for side in data.pool.shape[1:3])
     margin, gap, label = 70, 12, 16
     size = (margin + c * (columns * width + gap), data.classifiers * (height + label + 4) + 4)
     picture = Image.new("RGB", size, "white")
@@ -483,17 +612,7 @@ def preview(data, path, columns=8, scale=2):
 def main(argv=None):
     parser = utils.Parser(__doc__)
     flag = parser.add_argument
-    flag("--dataset", default="cifar10", metavar="NAME", help="cifar10 (default) or digits")
-    flag(
-        "--data",
-        type=utils.place,
-        metavar="DIR",
-        help="where the set goes (default data/<dataset>)",
-    )
-    words = "folder of the official files, so that nothing is downloaded"
-    flag("--raw", type=utils.place, metavar="DIR", help=words)
-    words = "the pool, uint8 [n,32,32,3] (default: CIFAR-100)"
-    flag("--unlabeled", type=utils.place, metavar="FILE.npy", help=words)
+    utils.add_data_flags(flag)
     flag(
         "--per_class",
         type=utils.whole(10),
@@ -502,29 +621,22 @@ def main(argv=None):
     )
     flag("--seed", type=utils.whole(0), metavar="N", help="of the split (default 0)")
     args = parser.parse_args(argv)
-    args.classifiers = args.classes_per_classifier = None
-    complete(args)
+    args.no_teaching = False
     folder = Path(args.data or f"data/{args.dataset}")
-    wishes = {"per_class": args.per_class, "pool": args.unlabeled, "seed": args.seed}
-    wishes = {key: wish for key, wish in wishes.items() if wish is not None}
     if args.dataset == "digits":
-        if wishes or args.raw:
+        wishes = (args.per_class, args.unlabeled, args.seed, args.raw)
+        if any(wish is not None for wish in wishes):
             raise Refusal("--dataset digits: embedded, leave out all flags but --data")
-    else:
+    asked = {key: vars(args)[key] for key in ("classifiers", "classes_per_classifier")}
+    complete(args)  # what is wrong is told before anything is made
+    if args.dataset != "digits":
         args.data = str(folder)
-        if (folder / "meta.json").exists():
+        if os.path.exists(folder / "meta.json"):
             print(f"{folder}: prepared before")
-        elif not (folder / f"{args.dataset}_train.pkl").exists():
-            prepare(args.dataset, folder, args.raw, args.unlabeled, args.per_class, args.seed or 0)
-    data = load(args, torch.device("cpu"))
-    meta = folder / "meta.json"
-    made = json.loads(meta.read_text()) if meta.exists() else {}
-    for key, wish in wishes.items():
-        if made.get(key) != wish:
-            raise Refusal(
-                f"--data {folder}: was prepared with {key} {made.get(key)}, not {wish}; "
-                f"delete it or name another"
-            )
+        obtain(args, folder, args.per_class, args.seed)
+        vars(args).update(asked)
+        complete(args)  # a part of Tiny-ImageNet has its classes counted only now
+    data = load(args, torch.device("cpu"), pool=read_meta(folder).get("pool", "") is not None)
     print(table(data))
     preview(data, folder / "preview.png")
     print(f"picture: {folder / 'preview.png'}")

@@ -43,7 +43,7 @@ def main(argv=None):
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
     pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
     pruning_utils.apply_mask(model, masks)
-    data = dataset.load(args, device)
+    data = dataset.load(args, device, beside=args.weight)
     task = teaching.taught_task(data, args, t)
     inputs = {"--weight": args.weight, "--mask": args.mask}
     inputs |= {path.name: path for path in teaching.lesson_files(args, t)}

@@ -26,7 +26,7 @@ except ImportError:  # not on Windows, where two processes on one folder are not
 # round), or what they name is compared by its content.
 FREE = {
     "save_dir", "save_data_path", "overwrite", "checkpoint_seconds", "print_freq", "device", "gpu",
-    "data", "weight", "mask",
+    "data", "raw", "source", "image_size", "unlabeled", "class_order", "weight", "mask",
 }  # fmt: skip
 LOCKS = {}  # lock files that this process holds open
 
@@ -46,7 +46,8 @@ class Run(utils.Record):
         self.args, self.folder = args, Path(args.save_dir)
         self.began, self.replaying, self.sums, self.again = time.monotonic(), True, {}, set()
         config = {key: value for key, value in vars(args).items() if key not in FREE}
-        inputs = {"--data": dataset.fingerprint(data)} | (inputs or {})
+        order = {"--class_order": data.order}  # before the images, whose checksum hangs on it
+        inputs = order | {"--data": dataset.fingerprint(data)} | (inputs or {})
         asked = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
         journal, results = (self.path(prefix + name) for name in ("run.json", "results.json"))
         if results.exists() and not journal.exists() and not args.overwrite:

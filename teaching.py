@@ -66,10 +66,11 @@ def query(exemplars, pool, num):
 def teach(model, data, run, t):
     """Query with the teacher's features of all exemplars so far; store images and logits.
 
-    model: the teacher, task t's model. Writes the four files above, once in the life of the run.
+    model: the teacher, task t's model. Writes the files above, once in the life of the run;
+    with --no_teaching none at all.
     """
     step, args = f"task{t}_teaching", run.args
-    if run.done(step):
+    if args.no_teaching or run.done(step):
         return
     exemplars, _ = data.of_tasks(data.exemplars, 1, t)
     wanted = args.unlabel_num * len(exemplars)
@@ -115,18 +116,19 @@ def teach(model, data, run, t):
 
 
 def lesson_files(args, t):
-    """Where lesson() finds the images, the logits and logits_main; none for t = 1."""
-    names = ("img", "dis_label", "dis_label_main") if t > 1 else ()
+    """Where lesson() finds the images, the logits and logits_main; none where it gives None."""
+    names = ("img", "dis_label", "dis_label_main") if t > 1 and not args.no_teaching else ()
     return [Path(args.save_data_path) / f"task{t - 1}_{name}.npy" for name in names]
 
 
 def lesson(data, args, t):
-    """What task t learns from the teacher of task t-1: images, logits, logits_main; None for t = 1.
+    """What task t learns from the teacher of task t-1: images, logits, logits_main.
 
-    images: uint8 [n,H,W,3], or float32 [n,3,H,W] from published files. Raises Refusal when a
-    file is missing, does not fit, or is not what its checksum says (published ones have none).
+    None for t = 1 and with --no_teaching. images: uint8 [n,H,W,3], or float32 [n,3,H,W] from
+    published files. Raises Refusal when a file is missing, does not fit, or is not what its
+    checksum says (published ones have none).
     """
-    if t == 1:
+    if t == 1 or args.no_teaching:
         return None
     folder, teacher = Path(args.save_data_path), t - 1
     sums = folder / SUMS.format(teacher)

@@ -40,7 +40,7 @@ def main(argv=None):
         raise Refusal(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
     model = make_model(args, device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
-    data = dataset.load(args, device)
+    data = dataset.load(args, device, beside=args.pretrained, pool=False)
     record = utils.Record("test", args, data, device, f"test_{Path(args.pretrained).stem}_")
     record.write()  # a folder that cannot be written is told now
     record.add(

@@ -26,7 +26,7 @@ class Task(NamedTuple):
     random: tuple  # new training images, and the exemplars of the old classes
     new: tuple
     old: tuple
-    unlabeled: tuple  # images, logits, logits_main of the teacher; None for t = 1
+    unlabeled: tuple  # images, logits, logits_main of the teacher; None: there is none
 
 
 def make_task(data, t, unlabeled):
@@ -73,31 +73,32 @@ def task1_loss(model, x, y):
     return sum(F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True))
 
 
-def KD_loss(model, k, sub, random, new, old, unlabeled):
+def KD_loss(model, k, sub, random, new, old, unlabeled=None):
     """Task k > 1: the loss of one step over its four sub-batches.
 
-    random, new, old: (x [n,3,H,W], y [n]); unlabeled: (x, logits [n,(k-1)c], logits_main).
+    random, new, old: (x [n,3,H,W], y [n]); unlabeled: (x, logits [n,(k-1)c], logits_main), or None
+    with --no_teaching: then nothing is distilled.
     sub: a quarter of the batch size, which sets the weights of the balanced losses whatever the
     sub-batches hold. All four pass together, and BatchNorm sees each apart, in this order; the
     published code passes the unlabeled one twice, once for each kind of heads.
     """
-    (x, y), (x_new, y_new), (x_old, y_old), (x_unlabeled, stored, stored_main) = (
-        random,
-        new,
-        old,
-        unlabeled,
-    )
-    images = x, x_new, x_old, x_unlabeled
+    (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
+    images = [x, x_new, x_old]
+    if unlabeled:
+        x_unlabeled, stored, stored_main = unlabeled
+        images.append(x_unlabeled)
     sizes = [len(each) for each in images]
     features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
-    of_random, of_new, of_old, of_unlabeled = features.split(sizes)
+    of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
     loss = F.cross_entropy(model.logits(of_random, k, main_fc=False), y)
-    loss = loss + distillation(model.logits(of_unlabeled, k - 1, main_fc=False), stored)
+    if unlabeled:
+        loss = loss + distillation(model.logits(*of_unlabeled, k - 1, main_fc=False), stored)
     a, b = sub // k / sub, sub * (k - 1) // k / sub
     balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
     balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
-    unlabeled_main = model.logits(of_unlabeled, k - 1, main_fc=True)
-    balanced = balanced + distillation(unlabeled_main, stored_main)
+    if unlabeled:
+        unlabeled_main = model.logits(*of_unlabeled, k - 1, main_fc=True)
+        balanced = balanced + distillation(unlabeled_main, stored_main)
     return loss + 0.5 * balanced
 
 
@@ -135,8 +136,12 @@ def train_KD(model, optimizer, task, data, args, step, epoch, skip=0):
     random = dataset.one_pass(task.random, sub, data, utils.stream(*key, "random"))
     new = dataset.endless(task.new, sub // k, data, *key, "new")
     old = dataset.endless(task.old, sub * (k - 1) // k, data, *key, "old")
-    unlabeled = dataset.endless(task.unlabeled, sub, data, *key, "unlabeled", augmented=False)
-    for batches in islice(zip(random, new, old, unlabeled), skip, None):
+    streams = [random, new, old]
+    if task.unlabeled:
+        streams.append(
+            dataset.endless(task.unlabeled, sub, data, *key, "unlabeled", augmented=False)
+        )
+    for batches in islice(zip(*streams), skip, None):
         loss = KD_loss(model, k, sub, *batches)
         descend(loss, optimizer)
         yield loss.detach(), sum(len(x) for x, *_ in batches)

@@ -199,6 +199,20 @@ percentage = real("a percentage from 0 to below 100", lambda v: 0 <= v < 100)
 any_number = real("a number", lambda v: True)
 
 
+def image_side(text):
+    """An argparse type: a multiple of 8 from 16 to 128."""
+    if not text.isdecimal() or int(text) not in range(16, 129, 8):
+        raise argparse.ArgumentTypeError(f"found {text!r}, give a multiple of 8 from 16 to 128")
+    return int(text)
+
+
+def word(text):
+    """An argparse type: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("found nothing, give a word")
+    return text
+
+
 def whole_list(text):
     """An argparse type: whole numbers of at least 0, separated by commas: '60,80'."""
     return [whole(0)(word) for word in text.split(",") if text]
@@ -211,26 +225,18 @@ def make_parser(description, save_dir):
     """
     parser = Parser(description)
     flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", default="cifar10", metavar="NAME", help="cifar10 (default) or digits")
-    flag(
-        "--data",
-        type=place,
-        metavar="DIR",
-        help="prepared or published data set (default data/<dataset>)",
-    )
-    flag("--classifiers", type=whole(1), metavar="T", help="number of tasks (default: the set's)")
-    flag(
-        "--classes_per_classifier",
-        type=whole(1),
-        metavar="C",
-        help="classes of each task (default: the set's)",
-    )
+    add_data_flags(flag)
     flag(
         "--unlabel_num",
         type=whole(1),
         default=50,
         metavar="N",
         help="pool images that each exemplar queries (default %(default)s)",
+    )
+    flag(
+        "--no_teaching",
+        action="store_true",
+        help="train with exemplars alone, without the unlabeled images (an ablation of the paper)",
     )
     flag = parser.add_argument_group("files").add_argument
     words = f"where the run's files go (default {save_dir})"
@@ -306,6 +312,67 @@ def make_parser(description, save_dir):
         help=f"batches between updates of the loss in the progress bar {number}",
     )
     return parser
+
+
+def add_data_flags(flag):
+    """What a data set is and where it is from, in dataset.py and all scripts; flag: add_argument.
+
+    The --raw, --source, --image_size and --unlabeled of a prepared set must be those it has.
+    """
+    flag(
+        "--dataset",
+        default="cifar10",
+        metavar="NAME",
+        help="cifar10 (default), cifar100, tiny_imagenet, digits, or folder: images of your own",
+    )
+    flag(
+        "--data",
+        type=place,
+        metavar="DIR",
+        help="prepared or published data set (default data/<dataset>)",
+    )
+    flag(
+        "--raw",
+        type=place,
+        metavar="PATH",
+        help="folder of the official files (or tiny-imagenet-200.zip), so that nothing is "
+        "downloaded; needed only where the set is not prepared yet, as are the next three",
+    )
+    flag(
+        "--source",
+        type=place,
+        metavar="DIR",
+        help="for --dataset folder: DIR/train/<class>/*, DIR/test/<class>/* and, if you like, a "
+        "pool DIR/unlabeled/*, in any format that Pillow reads",
+    )
+    flag(
+        "--image_size",
+        type=image_side,
+        metavar="N",
+        help="for --dataset folder: images become NxN, a multiple of 8 from 16 to 128 (default 32)",
+    )
+    flag(
+        "--unlabeled",
+        nargs="+",
+        type=place,
+        metavar="PATH",
+        help="the pool: .npy or .npz of uint8 [n,H,W,3], the published pickle, or a folder of "
+        "images; several may be given (default: the set's own)",
+    )
+    flag("--classifiers", type=whole(1), metavar="T", help="number of tasks (default: the set's)")
+    flag(
+        "--classes_per_classifier",
+        type=whole(1),
+        metavar="C",
+        help="classes of each task (default: the set's)",
+    )
+    flag(
+        "--class_order",
+        type=word,
+        metavar="ORDER",
+        help="published (default; where none was: the permutation of seed 1993), sorted, "
+        "random:SEED, or a file with a class name or id a line",
+    )
 
 
 def settle(args, save_dir, trains=True):

@@ -19,6 +19,7 @@ def args(tmp_path):
         classifiers=3,
         classes_per_classifier=2,
         unlabel_num=3,
+        no_teaching=False,
         save_dir=str(tmp_path / "run"),
         save_data_path=str(tmp_path / "run" / "data"),
         epochs=2,

@@ -45,6 +45,15 @@ def KD_parts(model, k, random, new, old, unlabeled):
     }
 
 
+def exemplars_loss(model, k, sub, random, new, old):
+    """Task k's loss with --no_teaching: three passes, nothing is distilled."""
+    (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
+    a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
+    loss = cross_entropy(model(x, k, main_fc=False), y)
+    balanced = a * cross_entropy(model(x_new, k, main_fc=True), y_new)
+    return loss + 0.5 * (balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old))
+
+
 def KD_loss(model, k, sub, *batches):
     """Task k's loss; the weights a and b come from the batch size, not from the batches."""
     parts = KD_parts(model, k, *batches)

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import dataset
+import prepare
 import utils
 from utils import Refusal
 
@@ -132,8 +133,8 @@ def install(patch, counts):
     cifar10 = fake("CIFAR10", folder, archive, CIFAR10_NAMES, counts, 1)
     folder, archive = "cifar-100-python", "cifar-100-python.tar.gz"
     cifar100 = fake("CIFAR100", folder, archive, ["apple", "aquarium"], (20, 3), 2)
-    patch.setattr(dataset, "CIFAR10", cifar10)
-    patch.setattr(dataset, "CIFAR100", cifar100)
+    patch.setattr(prepare, "CIFAR10", cifar10)
+    patch.setattr(prepare, "CIFAR100", cifar100)
     return SimpleNamespace(cifar10=cifar10, cifar100=cifar100)
 
 
@@ -373,7 +374,7 @@ def test_split_itself_draws_by_seed_and_class():
     held_out, exemplars = [], []
     for c, seed in ((0, 0), (1, 0), (0, 1)):
         parts = {part: {} for part in PARTS}
-        dataset.split(images, c, parts, seed, exemplars=20)
+        prepare.split(images, c, parts, seed, exemplars=20)
         assert bag(parts["train"][c], parts["val"][c]) == bag(images)
         held_out.append(bag(parts["val"][c]))
         exemplars.append(bag(parts["exemplars"][c]))
@@ -594,7 +595,7 @@ def test_the_official_files_are_prepared_whole(tmp_path, capsys, per_class, coun
     argv = ["--raw", str(raw), "--data", str(folder)]
     argv += ["--unlabeled", str(pool)] if pool.exists() else []
     data = dataset.main(argv + (["--per_class", str(per_class)] if per_class else []))
-    train, test = (dataset.CIFAR10(raw, train=train) for train in (True, False))
+    train, test = (prepare.CIFAR10(raw, train=train) for train in (True, False))
     parts, stored_pool = check_prepared(folder, (train, test), counts)
     assert [sum(map(len, parts[part].values())) for part in FILES] == [10 * n for n in counts]
     if not per_class:
@@ -801,7 +802,7 @@ def whole_set(tmp_path_factory):
         (folder / "raw" / name).mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         install(patch, (10, 1))
-        dataset.prepare("cifar10", folder / "set", folder / "raw")
+        prepare.prepare("cifar10", folder / "set", folder / "raw")
     return folder / "set"
 
 
@@ -923,7 +924,6 @@ def objects():
 
 BAD_POOL_FILES = {
     "float": array((4, 32, 32, 3)),
-    "other size": array((4, 16, 16, 3), np.uint8),
     "grey": array((4, 32, 32), np.uint8),
     "channels first": array((4, 3, 32, 32), np.uint8),
     "no image": array((0, 32, 32, 3), np.uint8),

@@ -304,6 +304,15 @@ def store(args, k=1, n=7, **changes):
     return content
 
 
+def test_without_teaching_there_is_no_lesson_and_nothing_is_stored(teacher, data, args, run):
+    args.no_teaching, data.pool = True, None
+    teaching.teach(teacher, data, run, 1)
+    assert not run.path("data/task1_img.npy").parent.exists()
+    assert teaching.lesson(data, args, 2) is None
+    assert teaching.lesson_files(args, 2) == []
+    assert teaching.taught_task(data, args, 2).unlabeled is None
+
+
 def test_task_1_has_no_lesson(args, data):
     assert teaching.lesson(data, args, 1) is None
 

@@ -144,6 +144,21 @@ def test_distillation_steps_are_those_of_five_passes(args, k, sub, sizes, masked
         assert_same_state(ours, plain)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k, sub, sizes", [(2, 6, [(6, 3, 3), (2, 3, 1)]), (3, 7, [(7, 2, 4)] * 3)])
+def test_steps_without_teaching_are_those_of_three_passes(args, k, sub, sizes, masked):
+    ours, optimizer, plain, plain_optimizer = make_trained_pair(args, masked)
+    for seed, size in enumerate(sizes):
+        batches = sub_batches(k, *size, 1, seed=seed)[:3]
+        loss = trainer.KD_loss(ours, k, sub, *batches)
+        wanted = reference.exemplars_loss(plain, k, sub, *batches)
+        torch.testing.assert_close(loss, wanted, **CLOSE)
+        trainer.descend(loss, optimizer)
+        plain_step(wanted, plain_optimizer)
+        assert_same_gradients(ours, plain)
+        assert_same_state(ours, plain)
+
+
 def test_pruned_weights_only_decay(args):
     """What a mask hides has no gradient, but weight decay and momentum still move it."""
     model, _ = make_pair()
@@ -413,6 +428,16 @@ def test_an_epoch_is_one_random_pass_and_the_others_begin_again(
         whole = [tuple(p) for p in passes if len(p) == len(all_numbers)]
         assert len(set(whole)) == len(whole), "a pass is shuffled as one before"
         assert tuple(all_numbers) not in whole
+
+
+def test_without_teaching_the_other_batches_are_the_same(args, data, monkeypatch):
+    seen, task = watch(monkeypatch, "KD_loss"), numbered_task()
+    taught = epoch_of(seen, trainer.train_KD, task, data, args)
+    alone = epoch_of(seen, trainer.train_KD, task._replace(unlabeled=None), data, args)
+    assert len(alone) == len(taught)
+    for batches, wanted in zip(alone, taught):
+        assert len(batches) == 3
+        assert all(torch.equal(a, b) for x, y in zip(batches, wanted) for a, b in zip(x, y))
 
 
 def test_rows_of_a_batch_stay_together(args, data, monkeypatch):
