@@ -56,7 +56,7 @@ class Run(utils.Record):
                 f"with; name another folder, or give --overwrite"
             )
         self.lock(self.folder, "save_dir", prefix)
-        if not prefix:  # main_train, which has one, only reads there
+        if not (prefix or args.no_teaching):  # main_train, which has one, only reads there
             self.lock(Path(args.save_data_path), "save_data_path")
         if args.overwrite:
             self.remove_all(script)
