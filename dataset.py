@@ -211,15 +211,15 @@ def complete(args):
 
 def count_classes(args):
     """How many classes the set has: as prepared, or as its source has them."""
-    meta = read_meta(folder_of(args))
+    meta = read_meta(set_folder(args))
     if isinstance(names := meta.get("names"), dict) and names:
         return len(names)
     if facts := DATASETS[args.dataset]:
         return facts.classifiers * facts.classes_per_classifier
     if not args.source:
         raise Refusal(
-            f"--dataset folder: {folder_of(args)} is not prepared; name the images with --source "
-            f"DIR, or the prepared set with --data"
+            f"--dataset folder: {set_folder(args)} is not prepared; name the images with "
+            f"--source DIR, or the prepared set with --data"
         )
     return len(classes_in(args.source))
 
@@ -232,7 +232,7 @@ def share_out(args, total):
     tasks, classes = args.classifiers, args.classes_per_classifier
     if tasks and classes:
         return tasks, classes
-    found = f"the {total} classes of {args.source or folder_of(args)}"
+    found = f"the {total} classes of {args.source or set_folder(args)}"
     for number, flag in ((tasks, "classifiers"), (classes, "classes_per_classifier")):
         if number and total % number:
             raise Refusal(f"--{flag} {number}: {found} do not divide evenly, give another number")
@@ -247,7 +247,7 @@ def share_out(args, total):
     )
 
 
-def folder_of(args):
+def set_folder(args):
     """The folder of the prepared set."""
     return Path(args.data or f"data/{args.dataset}")
 
@@ -313,7 +313,7 @@ def load(args, device, beside=None, pool=True):
         source, (parts, images, names) = DIGITS, digits()
         meta = {"names": names}
     else:
-        source = folder_of(args)
+        source = set_folder(args)
         absent = not os.path.isdir(source) or not any(source.iterdir())
         if absent and args.data and not (args.raw or args.source):
             raise Refusal(
