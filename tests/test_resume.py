@@ -294,11 +294,14 @@ def test_damaged_progress_is_named_and_the_step_begun_anew(scripts, whole, tmp_p
 def test_a_damaged_journal_is_an_error_and_nothing_is_touched(scripts, finished, damage):
     path = finished / "run" / "run.json"
     path.write_bytes(damage(path.read_bytes()))
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    def contents():  # but for the locks, which hold the id of the last process
+        files = (path for path in finished.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: path.read_bytes() for path in files}
+
+    before = contents()
     refused(scripts.run(TD, finished), "run/run.json", "damaged", "--overwrite")
-    lock = finished / "run" / ".lock"  # holds the id of the last process
-    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    assert before | {lock: b""} == after | {lock: b""}
+    assert contents() == before
 
 
 @pytest.mark.parametrize("name", ["results.json", "log_results.txt"])
@@ -350,7 +353,7 @@ def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_
         ("--seed 1", ["--seed 0 (now 1)"]),
         ("--lr 0.1 --epochs 3", ["--epochs 2 (now 3)", "--lr 0.01 (now 0.1)"]),
         ("--prune_scheduler 1,1,1", ["--prune_scheduler 1,2,3 (now 1,1,1)"]),
-        ("--decreasing_lr 1", ["--decreasing_lr 60,80 (now 1)"]),
+        ("--decreasing_lr 60,80", ["--decreasing_lr 1 (now 60,80)"]),
         ("--classes_per_classifier 1", ["--classes_per_classifier 2 (now 1)", "--data of content"]),
         ("--precision bf16", ["--precision fp32 (now bf16)"]),
         ("--deterministic", ["--deterministic False (now True)"]),
