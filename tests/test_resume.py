@@ -354,7 +354,10 @@ def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_
         ("--lr 0.1 --epochs 3", ["--epochs 2 (now 3)", "--lr 0.01 (now 0.1)"]),
         ("--prune_scheduler 1,1,1", ["--prune_scheduler 1,2,3 (now 1,1,1)"]),
         ("--decreasing_lr 60,80", ["--decreasing_lr 1 (now 60,80)"]),
-        ("--classes_per_classifier 1", ["--classes_per_classifier 2 (now 1)", "--data of content"]),
+        (
+            "--classes_per_classifier 1",
+            ["--classes_per_classifier 2 (now 1)", "--class_order of", "--data of"],
+        ),
         ("--precision bf16", ["--precision fp32 (now bf16)"]),
         ("--deterministic", ["--deterministic False (now True)"]),
     ],
