@@ -333,10 +333,10 @@ def load(args, device, beside=None, pool=True):
         )
     order = class_order(args, names, total, beside)[: tasks * classes]
     shape = images.shape[1:] if pool else first_shape(parts["train"])
-    if min(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
-        raise Refusal(f"{source}: found images of {list(shape)}, give at least 9x9")
     for part in PARTS:
         check_part(source, part, parts[part], order, shape)
+    if min(shape[:2]) < 9:  # the last layer would see one pixel, too few for BatchNorm
+        raise Refusal(f"{source}: found images of {list(shape)}, give at least 9x9")
     if not pool:
         images = np.zeros((0, *shape), np.uint8)
     mean, std = (facts.mean, facts.std) if facts else (meta["mean"], meta["std"])
@@ -506,6 +506,8 @@ def read_prepared(name, source, pool):
                 f"prepare it anew with --unlabeled"
             )
         meta["names"] = {int(c): word for c, word in meta["names"].items()}
+        if name == "folder" and not meta["names"]:
+            raise ValueError("meta.json names no class")
         if sorted(meta["names"]) != list(range(len(meta["names"]))):
             raise ValueError("the classes in meta.json do not count from 0")
         if not all(isinstance(name, str) for name in meta["names"].values()):

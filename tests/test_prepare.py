@@ -537,6 +537,7 @@ def test_flags_of_folders_go_with_folders_alone(flag):
         {"mean": ["x", 0, 0]},
         {"std": [float("nan")] * 3},
         {"names": {"0": "a", "5": "b"}},
+        {"names": {}},
         {"names": {str(c): c for c in range(4)}},
     ],
 )
@@ -822,6 +823,14 @@ def test_without_teaching_nothing_of_the_pool_is_read(official):  # noqa: F811
     assert torch.equal(data.train[3], whole.train[3])
     with pytest.raises(Refusal):
         load("--data", "set")
+
+
+@pytest.mark.parametrize("content", [[IMAGES], {}, {0: [1]}, {0: None, 1: IMAGES}, IMAGES])
+def test_without_the_pool_a_published_part_that_does_not_fit_is_refused(content):
+    """No pool tells then which shape the images have."""
+    test_dataset.published()
+    Path("published/cifar10_train.pkl").write_bytes(pickle.dumps(content))
+    refused(lambda: load("--data", "published", "--no_teaching"), "published: train")
 
 
 def test_a_folder_without_pool_is_for_training_without_teaching(capsys):
