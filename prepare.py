@@ -39,6 +39,7 @@ HELD_OUT = 5  # without a test folder, every fifth image is for the test
 UNPACKED = 2**32  # bytes that a compressed .npz may become
 MEMBER = 2**26  # bytes that a file of an archive may become
 FEW = 256  # images that one process decodes sooner than others have started
+# Its address and md5 sum are unconfirmed: the download has not been tried yet.
 TINY_IMAGENET = ("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # its md5 sum
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
