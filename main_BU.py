@@ -144,11 +144,10 @@ def take_ticket(run, t, find, *where):
 def stay_or_regrow(model, task, data, run, dense_accuracy, accuracy, current):
     """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow."""
     cost = dense_accuracy - accuracy
-    if cost < run.args.accept_decay:
-        run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
-        return current, None, []
-    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
-    return regrow(model, task, data, run, dense_accuracy, current)
+    stays = cost < run.args.accept_decay
+    verdict = "stays" if stays else "re-grows"
+    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it {verdict}")
+    return (current, None, []) if stays else regrow(model, task, data, run, dense_accuracy, current)
 
 
 def main(argv=None):

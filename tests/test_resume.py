@@ -72,6 +72,15 @@ def refused(ended, *words):
     return line
 
 
+def assert_same_but_for(flag, folder, other):
+    """The files of two runs are the same, a flag in their configurations aside."""
+    found, wanted = soak.outcome(folder), soak.outcome(other)
+    for each in (found, wanted):
+        for name in ("run.json", "results.json"):
+            each[name]["config"].pop(flag, None)
+    assert found == wanted
+
+
 # ------------------------------------------------------------------------------ killed
 
 
@@ -406,10 +415,7 @@ def test_progress_of_another_run_is_not_taken_up(scripts, whole, tmp_path):
     (tmp_path / "run" / "run.json").write_text("{")
     ended = scripts.run([*TD, "--overwrite"], tmp_path)
     assert "task1_progress.pt: is of another run; task1 begins anew" in ended.out
-    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
-    for each in (found, wanted):
-        each["results.json"]["config"].pop("overwrite")
-    assert found == wanted
+    assert_same_but_for("overwrite", tmp_path, whole[0] / "TD")
 
 
 def test_overwrite_leaves_other_runs_alone(scripts, whole, tmp_path):
@@ -446,10 +452,7 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, whole, f
     assert scripts.run([*TD, "--overwrite"], finished).status == 0
     for path in mine:
         path.unlink()
-    found, wanted = soak.outcome(finished), soak.outcome(whole[0] / "TD")
-    for each in (found, wanted):
-        each["results.json"]["config"].pop("overwrite")
-    assert found == wanted
+    assert_same_but_for("overwrite", finished, whole[0] / "TD")
 
 
 def test_main_train_notices_another_ticket(scripts, whole, tmp_path):
@@ -531,11 +534,7 @@ def test_with_a_terminal_and_another_print_freq_the_bits_are_the_same(whole, tmp
     os.close(slave)
     reader.join()
     assert ended.returncode == 0 and b"task3_prune1:" in b"".join(shown)  # a bar
-    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
-    for each in (found, wanted):
-        for name in ("run.json", "results.json"):
-            each[name]["config"].pop("print_freq", None)
-    assert found == wanted
+    assert_same_but_for("print_freq", tmp_path, whole[0] / "TD")
 
 
 def test_deterministic_gives_the_same_masks_and_queries(scripts, whole, tmp_path):
