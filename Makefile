@@ -1,5 +1,7 @@
 # make demo    the whole method on the embedded digits, in a few minutes on a CPU
 # make test    lint and all tests
+# make reproduce    the README's evidence: CIFAR-10, three seeds, in about two hours on two cores
+#                   (FULL=1: the published protocol, for a GPU; FLAGS=...: see reproduce.py --help)
 # make soak    kill runs at random moments, 120 times, and compare with undisturbed ones
 # make clean   remove demo/ and .venv/
 PYTHON ?= python3
@@ -14,7 +16,7 @@ DEMO = --dataset digits --width 8 --epochs 10 --decreasing_lr 7,9 --lr 0.05 --ba
 TICKETS = --iter_epochs 1
 REGROWTH = --max_iter_prun 16
 
-.PHONY: demo test lint soak clean
+.PHONY: demo reproduce test lint soak clean
 
 demo: demo/TD.done demo/BU.done demo/TR.done
 	@echo; echo "test.py on the result of main_TD, pruned:"
@@ -38,6 +40,9 @@ demo/TR.done: demo/BU.done
 	$(RUN) main_train.py $(DEMO) --save_dir demo/BU --state 3 \
 	    --weight demo/BU/task2_best_model.pt --mask demo/BU/mask-3.pt
 	@touch $@
+
+reproduce: | $(VENV)/installed
+	$(RUN) reproduce.py $(if $(FULL),--full) $(FLAGS)
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q

@@ -120,11 +120,13 @@ def main(argv=None):
             run.finish(ticket, f"{ticket}.pt")
         run.forget(f"task{t}_prune")
         pruning_utils.load_state(model, run.load(f"{ticket}.pt"))
+        masks = pruning_utils.masks_of(model)
         run.add(
             state=t,
             accuracy=accuracy,
             density=tested,
-            ticket_density=pruning_utils.density(pruning_utils.masks_of(model)),
+            ticket_density=pruning_utils.density(masks),
+            layer_density=pruning_utils.densities(masks),
             training=trained.words(),
         )
         # 4. train the next task; after the last one, that one once more

@@ -66,6 +66,11 @@ def density(masks):
     return 100.0 * left / sum(mask.numel() for mask in masks.values())
 
 
+def densities(masks):
+    """Share of the weights that remain in each convolution, {name: percent}."""
+    return {name: density({name: mask}) for name, mask in masks.items()}
+
+
 def apply_mask(model, masks):
     """Put the model under masks (replacing those it has); an empty dict makes it dense.
 
@@ -183,6 +188,36 @@ def rewind(model, state, scope="conv"):
             for key, value in model.state_dict().items():
                 if key not in kept:
                     value.copy_(source[key])
+
+
+def random_mask(masks, generator):
+    """Masks of as many weights in all, anywhere in the network; generator: a CPU torch.Generator.
+
+    masks as above; the density is exactly the same, that of each layer is left to chance.
+    """
+    flat = torch.cat([mask.flatten() for mask in masks.values()])
+    order = torch.randperm(flat.numel(), generator=generator).to(flat.device)
+    parts = flat[order].split([mask.numel() for mask in masks.values()])
+    return {name: part.view_as(masks[name]) for name, part in zip(masks, parts)}
+
+
+def shuffle_mask(masks, generator):
+    """Masks of as many weights in every layer, in random places; generator as in random_mask."""
+    return {
+        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
+        for name, mask in masks.items()
+    }
+
+
+def shuffle_weights(model, masks, generator):
+    """Shuffle the weights that `masks` leave among their places in each layer, in place.
+
+    generator as in random_mask. Weights outside the masks stay as they are.
+    """
+    for name, weight in weights(model).items():
+        left = masks[name].to(weight.device) != 0
+        values = weight[left]
+        weight[left] = values[torch.randperm(len(values), generator=generator).to(weight.device)]
 
 
 def save_masks(path, masks):

@@ -1,0 +1,160 @@
+"""The runs behind the README's evidence, in one command; given again, it goes on.
+
+    python reproduce.py                  the reduced protocol: CIFAR-10, a CPU, about two hours
+    python reproduce.py --full           the published protocol, for a GPU
+    python reproduce.py --seeds 0        one seed of it
+
+Three seeds of: the dense network, the top-down and the bottom-up tickets, the bottom-up tickets of
+tasks 3 and 5 trained anew (task-rewound) beside their controls; then tickets chosen on test images,
+and the dense network without lottery teaching. Each run has a log; in the end report.py sets all
+side by side, in DIR/results.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import utils
+from main_train import CONTROLS
+from utils import Refusal
+
+# What makes the reduced protocol small: of 300 images a class 270 are trained on, by a narrow
+# network. So short a training wants many steps, hence small batches. The least sparsity of a
+# bottom-up ticket is such that task 1's is of 2.81 % = 0.8^16 at most, as in the paper's Figure 4.
+DATA = "--per_class 300"
+TRAIN = "--width 16 --epochs 10 --decreasing_lr 7,9 --lr 0.02 --batch_size 32"
+PRUNE = "--iter_epochs 1"
+BOTTOM_UP = "--base_sparsity 97.5"
+# of both protocols
+SCHEDULE = "--prune_scheduler 1,1,3,4,5"  # of the paper's Figure 4: 4.40 % remain
+TICKETS = (3, 5)  # the tasks whose bottom-up tickets are trained anew
+
+
+def parse(argv):
+    parser = utils.Parser(__doc__)
+    flag = parser.add_argument
+    flag("--full", action="store_true", help="the published settings, on whole CIFAR-10")
+    flag("--seeds", type=utils.whole_list, default=[0, 1, 2], help="default 0,1,2")
+    flag("--out", type=utils.place, metavar="DIR", help="default reproduce, or reproduce_full")
+    flag("--data", type=utils.place, metavar="DIR", help="prepared set (default: made in DIR/data)")
+    flag("--raw", type=utils.place, metavar="PATH", help="official files, as in dataset.py")
+    flag("--unlabeled", nargs="+", metavar="PATH", help="pool, as in dataset.py")
+    words = "runs at once, which share the cores (default: one a core; 1 with --full)"
+    flag("--jobs", type=utils.whole(1, 64), metavar="N", help=words)
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or ("reproduce_full" if args.full else "reproduce"))
+    args.data = args.data or str(args.out / "data")
+    args.jobs = args.jobs or (1 if args.full else os.cpu_count())
+    return args
+
+
+def plan(args):
+    """Chains of (name, command): those of a chain in their order, the chains in any."""
+    small = not args.full
+    common = f"--data {args.data} {TRAIN * small}"
+
+    def run(script, seed, name, flags=""):
+        folder = f"--save_dir {args.out}/seed{seed}/{name}"
+        return f"seed{seed}/{name}", f"{script}.py {common} --seed {seed} {folder} {flags}".split()
+
+    def tickets(seed, name, controls):
+        """The run of main_BU in this folder, and its tickets trained anew."""
+        folder = f"{args.out}/seed{seed}/{name}"
+        for t in TICKETS:
+            ticket = f"--weight {folder}/task{t - 1}_best_model.pt --mask {folder}/mask-{t}.pt"
+            for control in controls:
+                flags = f"{ticket} --state {t} --control {control}"
+                _, command = run("main_train", seed, name, flags)
+                yield f"seed{seed}/{name}_task{t}_{control}", command
+
+    prune, select = PRUNE * small, f"{PRUNE} {BOTTOM_UP}" * small + " --select_on "
+    chains = []
+    for seed in args.seeds:
+        chosen = run("main_BU", seed, "BU", select + "val")
+        chains.append([chosen, *tickets(seed, "BU", CONTROLS)])
+        top_down = run("main_TD", seed, "TD", f"{prune} {SCHEDULE}")
+        chains.append([run("main_CIL", seed, "CIL"), top_down])
+    for seed in args.seeds:
+        chosen = run("main_BU", seed, "BU_on_test", select + "test")
+        chains.append([chosen, *tickets(seed, "BU_on_test", ["none"])])
+        chains.append([run("main_CIL", seed, "CIL_no_teaching", "--no_teaching")])
+    return chains
+
+
+def prepare(args):
+    """Make the data set of the protocol where there is none."""
+    if Path(args.data).exists():
+        return
+    command = [sys.executable, "dataset.py", "--data", args.data, *(DATA * (not args.full)).split()]
+    command += ["--raw", args.raw] if args.raw else []
+    command += ["--unlabeled", *args.unlabeled] if args.unlabeled else []
+    if subprocess.call(command):
+        raise Refusal(f"--data {args.data}: was not made, see above")
+
+
+def go(chain, args, count, stop, running):
+    """The runs of a chain that are not done yet, one after the other. Raises Refusal."""
+    cores = max(1, os.cpu_count() // args.jobs)
+    environment = {"OMP_NUM_THREADS": str(cores)} | os.environ
+    for name, command in chain:
+        log = args.out / "logs" / (name.replace("/", "_") + ".txt")
+        done, began = log.with_suffix(".done"), time.monotonic()
+        if not done.exists() and not stop.is_set():
+            print(f"{name}: begins", flush=True)
+            with open(log, "a") as file:
+                command = [sys.executable, *command]
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                running.add(process)
+                if stop.is_set():  # in this very moment
+                    process.terminate()
+                status = process.wait()
+                running.remove(process)
+            *_, last = ["", *filter(str.strip, log.read_text(errors="replace").splitlines())]
+            if status:
+                raise Refusal(f"{log}: ends with status {status}: {last}")
+            told = [line for line in log.read_text().splitlines() if line.startswith("state")][-1]
+            done.touch()
+            count.append(name)
+            print(f"{name}: {time.monotonic() - began:.0f} s, {told}", flush=True)
+
+
+def collect(args):
+    """Copy the records of all runs to DIR/results, and let report.py set them side by side."""
+    folders = set()
+    for path in sorted(args.out.glob("seed*/*/*results.json")):
+        copy = args.out / "results" / path.relative_to(args.out)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        folders.add(str(copy.parent))
+    command = [sys.executable, "report.py", *sorted(folders), "--out", str(args.out / "results")]
+    if status := subprocess.call(command):
+        sys.exit(status)
+
+
+def main(argv=None):
+    args = parse(argv)
+    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    chains = plan(args)
+    stop, running, count = threading.Event(), set(), []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(go, chain, args, count, stop, running) for chain in chains]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # a run that failed, or a signal: the others store what they have
+            stop.set()
+            for process in list(running):
+                process.terminate()
+            raise
+    print(f"{len(count)} runs now, {sum(map(len, chains))} in all")
+    collect(args)
+
+
+if __name__ == "__main__":
+    utils.run(main)
