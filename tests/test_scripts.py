@@ -16,6 +16,7 @@ import main_TD
 import main_train
 import pruning_utils
 import report
+import reproduce
 import test as test_script
 import trainer
 import utils
@@ -517,7 +518,7 @@ def test_bad_input_is_one_clear_line(files, monkeypatch, script, flags, named):
     assert sorted(files.rglob("*")) == before  # nothing was written
 
 
-SCRIPTS = [main_TD, main_BU, main_CIL, main_train, test_script, report, dataset]
+SCRIPTS = [main_TD, main_BU, main_CIL, main_train, test_script, report, dataset, reproduce]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
