@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dataset
 import main_BU
 import main_TD
 import main_train
@@ -113,14 +112,6 @@ def test_shuffled_weights_are_the_same_in_each_layer(model, ticket):
 
 
 # ------------------------------------------------------------------------------ main_train
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    parts, pool, names = dataset.digits()
-    counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
-    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
-    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
 
 
 @pytest.fixture

@@ -24,15 +24,7 @@ import utils
 FLAGS = "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 48 --unlabel_num 2"
 TINY = FLAGS.split()
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def few_digits(monkeypatch):
-    """The embedded digits, but 12 training images of each class."""
-    parts, pool, names = dataset.digits()
-    counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
-    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
-    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def results(folder, name="results.json"):
