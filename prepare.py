@@ -149,7 +149,8 @@ def list_files(source):
         paths = (path for path in Path(source).rglob("*") if path.is_file())
         return sorted(path.relative_to(source).as_posix() for path in paths)
     try:
-        return archive(source).namelist()
+        # folders have entries of their own in many archives
+        return [name for name in archive(source).namelist() if not name.endswith("/")]
     except Exception as error:  # a damaged file can raise anything
         words = utils.first_line(error)
         raise Refusal(f"{source}: not a zip archive that can be read ({words})") from None

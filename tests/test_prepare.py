@@ -94,6 +94,14 @@ def write_tree(files, folder="."):
         path.write_bytes(content)
 
 
+def test_entries_of_folders_in_an_archive_are_no_images():
+    files = tiny_files()
+    folders = {f"{parent}/": b"" for name in files for parent in list(Path(name).parents)[:-1]}
+    assert "tiny-imagenet-200/train/n01/images/" in folders
+    write_zip({f"inner/{name}": content for name, content in (folders | files).items()})
+    check_tiny(dataset.main([*TINY, "--raw", "tiny.zip"]), files)
+
+
 def check_tiny(data, files):
     """All images are where they belong, as Pillow decodes them."""
     root = "tiny-imagenet-200/"
