@@ -558,7 +558,7 @@ def prepare(
     meta = {"dataset": name, "names": names, "pool": origin, "per_class": per_class, "seed": seed}
     meta["image_size"] = side
     if name == "folder":
-        meta["source"] = str(source)
+        meta["source"] = str(files)  # without a last slash, as dataset.obtain compares it
         meta["mean"], meta["std"] = mean_and_std(parts["train"].values())
     pool = None
     if pools[0] is None:

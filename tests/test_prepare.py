@@ -509,6 +509,14 @@ def test_a_script_prepares_a_folder_by_itself():
     assert len(load("--dataset", "folder").pool) == 1
 
 
+@pytest.mark.parametrize("script", [dataset.main, lambda argv: load(*argv)], ids=["main", "load"])
+@pytest.mark.parametrize("name", ["mine/", "./mine", "mine//"])
+def test_a_source_may_be_spelled_otherwise(script, name):
+    image_folder(pool=1)
+    for source in (name, "mine", name):
+        assert len(script([*FOLDER, "--source", source]).pool) == 1
+
+
 @pytest.mark.parametrize("argv", ["--dataset folder", "--dataset folder --data set"])
 def test_a_folder_that_is_not_named_is_asked_for(argv):
     for script in (load, lambda *argv: dataset.main(argv)):
