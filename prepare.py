@@ -533,10 +533,10 @@ def prepare(
         train, test, names, own_pool, own_origin = found
         files = None
     few = [c for c in train if len(train[c]) < LEAST]
-    if few and name == "folder":
+    if few and files:
         raise Refusal(
-            f"--source {source}: class {names[few[0]]} has {len(train[few[0]])} training images, "
-            f"give at least {LEAST}"
+            f"{'--source ' if source else ''}{files}: class {names[few[0]]} has "
+            f"{len(train[few[0]])} training images, give at least {LEAST}"
         )
     if empty := [names[c] for c in test if not len(test[c])]:
         raise Refusal(f"{files}: class {empty[0]} has no test image; put some there")

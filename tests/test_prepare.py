@@ -240,6 +240,14 @@ def test_fewer_classes_than_asked_for_are_told():
     assert load(*TINY[:4], "--classifiers", "1", "--classes_per_classifier", "3").order
 
 
+def test_a_class_of_tiny_imagenet_with_few_images_is_refused():
+    """With less than five none would be left for val, and the set could not be read."""
+    write_zip(tiny_files(per_class=4))
+    before = tree()
+    refused(lambda: dataset.main([*TINY, "--raw", "tiny.zip"]), "tiny.zip", "class n01", "10")
+    assert tree() == before
+
+
 def test_a_process_that_is_ended_from_outside_is_told(monkeypatch):
     write_zip(tiny_files())
     monkeypatch.setattr(prepare, "FEW", 0)
