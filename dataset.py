@@ -410,7 +410,7 @@ def read_order(path, names, total):
     """The class ids that a file lists, one name or id a line. Raises Refusal."""
     known = {str(c): c for c in range(total)} | {name: c for c, name in names.items()}
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise Refusal(
             f"--class_order {path}: neither published, sorted, random:SEED nor a file that can be "

@@ -746,8 +746,9 @@ def test_the_order_may_stand_in_a_file(tmp_path):
     flags = ["--dataset", "digits", "--class_order", "order.txt"]
     args = args_of(*flags, "--classifiers", "3")
     assert dataset.class_order(args, {0: "zero", 2: "7", 7: "2"}, 10) == [2, 3, 0, 5, 1, 7]
-    Path("order.txt").write_text("7\n3\n")
-    assert load(*flags, "--classifiers", "1").order == [7, 3]
+    for mark in ("", "\ufeff"):  # editors of Windows put that before a text
+        Path("order.txt").write_text(f"{mark}7\n3\n", "utf-8")
+        assert load(*flags, "--classifiers", "1").order == [7, 3]
 
 
 @pytest.mark.parametrize(
