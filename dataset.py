@@ -624,11 +624,13 @@ def main(argv=None):
     flag("--seed", type=utils.whole(0), metavar="N", help="of the split (default 0)")
     args = parser.parse_args(argv)
     args.no_teaching = False
-    folder = Path(args.data or f"data/{args.dataset}")
+    folder = set_folder(args)
     if args.dataset == "digits":
         wishes = (args.per_class, args.unlabeled, args.seed, args.raw)
         if any(wish is not None for wish in wishes):
-            raise Refusal("--dataset digits: embedded, leave out all flags but --data")
+            raise Refusal(
+                "--dataset digits: embedded, leave out --per_class, --seed, --raw and --unlabeled"
+            )
     asked = {key: vars(args)[key] for key in ("classifiers", "classes_per_classifier")}
     complete(args)  # what is wrong is told before anything is made
     if args.dataset != "digits":
