@@ -169,7 +169,8 @@ def read_text(source, name):
 def decode(source, wanted, side):
     """The images of an archive or folder: {key: names} to {key: uint8 [n,side,side,3]}.
 
-    Several processes decode; a chunk of them is on its way at a time. Raises Refusal.
+    source, names: as in open_file. From FEW images on several processes decode, 32 at a time.
+    Raises Refusal.
     """
     names = [str(name) for own in wanted.values() for name in own]
     images = {key: np.empty((len(own), side, side, 3), np.uint8) for key, own in wanted.items()}
@@ -224,7 +225,8 @@ def images_in(folder, below="*"):
 
 
 # Each reader gives train and test by class, the names of the classes, and the set's own pool: as
-# images uint8 [n,32,32,3] (CIFAR), or as the names of files that are still to be decoded.
+# images uint8 [n,32,32,3] (CIFAR), or as the names of files that are still to be decoded. All raise
+# Refusal.
 
 
 def official(kind, raw, given, is_pool):
@@ -473,11 +475,15 @@ def drop_known(pool, parts):
 
 
 def shuffled(images, seed, *purpose):
+    """The rows of an array (images or their names), in an order from a stream of its own."""
     return images[torch.randperm(len(images), generator=utils.stream(seed, *purpose)).numpy()]
 
 
 def split(images, c, parts, seed, exemplars=EXEMPLARS):
-    """Split the training images of class c 9:1 into train and val; draw exemplars from train."""
+    """Split the training images of class c 9:1 into train and val; draw exemplars from train.
+
+    images: uint8 [n,H,W,3], or their names [n]. parts: {part: {}}, to which class c is added.
+    """
     images = shuffled(images, seed, "split", c)
     held_out = round(len(images) / 10)
     parts["val"][c], parts["train"][c] = images[:held_out], images[held_out:]
