@@ -292,6 +292,12 @@ def obtain(args, source, per_class=None, seed=None):
     made = read_meta(source)
     for key, wish in wishes.items():
         if wish is not None and made.get(key) != wish:
+            if not os.path.exists(source / "meta.json"):  # nobody can get these anew
+                flag = "unlabeled" if key == "pool" else key
+                raise Refusal(
+                    f"--data {source}: holds the published files, which --{flag} does not change; "
+                    f"leave it out, or name another folder"
+                )
             raise Refusal(
                 f"--data {source}: was prepared with {key} {made.get(key)}, not {wish}; "
                 f"delete it or name another"

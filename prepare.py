@@ -516,7 +516,7 @@ def prepare(
     """
     folder = Path(folder)
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refusal(f"--data {folder}: exists and is not empty; delete it or name another")
+        raise Refusal(f"--data {folder}: exists and is not empty; name another folder")
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
     # os.path: a name that is too long is no error there, just not found
     if given and not os.path.isdir(raw) and not (name == "tiny_imagenet" and os.path.isfile(raw)):

@@ -700,6 +700,19 @@ def test_an_npz_pool_may_not_become_any_size(official, monkeypatch):  # noqa: F8
     refused(lambda: dataset.main([*CIFAR, "pool.npz"]), "pool.npz", "GiB")
 
 
+@pytest.mark.parametrize("flags", ["--unlabeled pool.npy", "--per_class 10", "--seed 1"])
+def test_flags_of_preparing_do_not_go_with_published_files(flags):
+    """Nobody is told to delete those, which can no longer be had."""
+    as_npy()
+    test_dataset.published()
+    before = tree()
+    with pytest.raises(Refusal) as refusal:
+        dataset.main(["--data", "published", *flags.split()])
+    assert flags.split()[0] in str(refusal.value)
+    assert "delete" not in str(refusal.value)
+    assert tree() == before
+
+
 def test_a_hostile_pickle_pool_is_refused(official):  # noqa: F811
     Path("pool.pkl").write_bytes(test_dataset.calling("os", "system", "touch done"))
     before = tree()
