@@ -13,13 +13,15 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 import utils
 
 # colours that colour-blind people can tell apart (Okabe & Ito 2008)
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+COLOURS = [BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, "0.5"]
 STYLES = {
     "main_CIL": (BLACK, "^"),
     "main_TD": (BLUE, "o"),
@@ -29,6 +31,15 @@ STYLES = {
 }
 TICKETS = ("main_TD", "main_BU", "main_train")
 LINES = ["-", "--", "-.", ":"]
+# what main_train trains in a ticket's place, see main_train.take_control
+CONTROLS = {
+    "none": "the ticket",
+    "random_mask": "random mask",
+    "shuffle_mask": "shuffled mask",
+    "reinit": "new weights",
+    "shuffle_weights": "shuffled weights",
+    "dense": "dense, no mask",
+}
 FIGURE4 = Path(__file__).parent / "data" / "figure4.json"
 OPTIONS = {
     "font.size": 9,
@@ -70,9 +81,10 @@ def draw(groups):
 
 
 def spreads(series):
-    """{task: {seed: value}} as tasks, means and standard deviations (0 for one seed)."""
+    """{task: {seed: value}} as tasks, means and standard deviations (None if all are 0)."""
     both = [utils.spread([*values.values()]) for values in series.values()]
-    return [*series], [mean for mean, _ in both], [deviation or 0 for _, deviation in both]
+    deviations = [deviation or 0 for _, deviation in both]
+    return [*series], [mean for mean, _ in both], deviations if any(deviations) else None
 
 
 def plain(groups):
@@ -94,7 +106,7 @@ def seeds(one):
 
 def percent(values):
     mean, deviation = utils.spread([*values])
-    return f"{mean:.2f} %" if deviation is None else f"{mean:.2f} ± {deviation:.2f} %"
+    return f"{mean:.2f} ± {deviation:.2f} %" if deviation else f"{mean:.2f} %"
 
 
 def title(groups):
@@ -204,12 +216,144 @@ def wrapped(label):
 
 
 def layers(groups):
-    return None
+    """Density of each layer under the last ticket as bars, a panel for each group with tickets.
+
+    The tickets of main_train are those of a main_BU; they are drawn where no main_BU is given.
+    """
+    scripts = {one["script"] for one in groups}
+    shown = []
+    for one, colour, _ in plain(groups):
+        if one["script"] in TICKETS[: 2 if "main_BU" in scripts else 3]:
+            last = max(one["accuracy"])
+            rows = [rows[last] for rows in one["seeds"].values() if last in rows]
+            rows = [row["layer_density"] for row in rows if row.get("layer_density")]
+            if rows and all(row.keys() == rows[0].keys() for row in rows):
+                shown.append((one, colour, last, rows))
+    if not shown:
+        return None
+    figure = Figure(figsize=(8, 1.1 + 1.6 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, (one, colour, last, rows) in zip(panels, shown):
+        names = [utils.shown(name, 24) for name in rows[0]]
+        both = [utils.spread([row[name] for row in rows]) for name in rows[0]]
+        means, deviations = [mean for mean, _ in both], [sd or 0 for _, sd in both]
+        places = range(len(names))
+        axes.bar(places, means, color=colour, width=0.75)
+        if len(rows) > 1:
+            axes.errorbar(
+                places, means, deviations, fmt="none", ecolor="0.3", elinewidth=1, capsize=2
+            )
+        tops = [f"{mean:.0f}" if mean >= 9.5 else f"{mean:.1f}" for mean in means]
+        for x, mean, deviation, text in zip(places, means, deviations, tops):
+            axes.text(x, mean + deviation + 1.5, text, ha="center", va="bottom", fontsize=7)
+        density = one["density"][last].values()
+        axes.axhline(utils.spread([*density])[0], color="0.3", lw=1, ls="--", zorder=0.5)
+        words = f"ticket of task {last}, {percent(density)} in all (dashed), n = {len(rows)}"
+        axes.set_title(f"{one['label']}: {words}", loc="left")
+        axes.set(ylim=(0, 119), yticks=range(0, 101, 25), xlim=(-0.6, len(names) - 0.4))
+        axes.grid(axis="y")
+        axes.set_xticks(places, names, rotation=90, fontsize=8)
+    words = "; bars: standard deviation over seeds" * any(len(rows) > 1 for *_, rows in shown)
+    figure.supylabel("weights that remain in each layer (%)", fontsize=9)
+    figure.suptitle(f"{title(groups)}{words}", fontsize=9)
+    return figure
 
 
 def prunings(groups):
-    return None
+    """How bottom-up tickets were found: the rounds of pruning, a panel for each group.
+
+    Accuracy is told as points above that of the dense network (0), from which the stop rule counts:
+    prunings stop below -deacc at a density of at most 100 - base_sparsity.
+    """
+    shown = [one for one in groups if any(rounds_of(one))]
+    if not shown:
+        return None
+    across = min(2, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure = Figure(figsize=(8, 0.8 + 3.4 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    named = {}
+    for axes, one in zip(panels, shown):
+        for task, row in rounds_of(one):
+            rounds = [each for each in row["rounds"] if each["density"] > 0]
+            keys = {
+                "color": COLOURS[(task - 1) % len(COLOURS)],
+                "ls": LINES[(task - 1) // len(COLOURS) % 4],
+            }
+            xs, ys = [each["density"] for each in rounds], [-each["decay"] for each in rounds]
+            (line,) = axes.plot(xs, ys, lw=1, marker=".", ms=4, **keys)
+            named[task, f"task {task}" + (", re-growth" if task > 1 else "")] = line
+            chosen = min(rounds, key=lambda each: abs(each["density"] - row["ticket_density"]))
+            keys |= {"marker": "*", "ms": 11, "mec": "black", "mew": 0.6, "ls": "none", "zorder": 3}
+            (star,) = axes.plot(chosen["density"], -chosen["decay"], **keys)
+        deacc, sparsity = (one["flags"][key] for key in ("deacc", "base_sparsity"))
+        named[1001, "the dense network"] = axes.axhline(0, color="black", lw=1)
+        stop = {"color": "0.35", "lw": 1.2}
+        if abs(deacc) <= 100:
+            named[1002, "loss that stops (--deacc)"] = axes.axhline(-deacc, ls="--", **stop)
+        words = "density from which it stops (--base_sparsity)"
+        named[1003, words] = axes.axvline(100 - sparsity, ls=":", **stop)
+        axes.set_title(f"{wrapped(one['label'])}, {seeds(one)}")
+        axes.grid()
+        logarithmic(axes.xaxis)
+        axes.set_xlabel("weights that remain (%)")
+        axes.set_ylabel(f"{one['flags']['select_on']} accuracy, dense = 0 (points)")
+    panels[0].invert_xaxis()
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    named[1000, "the ticket"] = Line2D([], [], marker="*", ms=10, color="white", mec="black")
+    lines = {words: line for (_, words), line in sorted(named.items(), key=lambda item: item[0])}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"Rounds of pruning on {title(groups)}, a line for each seed", fontsize=9)
+    return figure
+
+
+def rounds_of(one):
+    """[(task, row)] of a group's rows that hold rounds of pruning, of all seeds."""
+    rows = [item for rows in one["seeds"].values() for item in sorted(rows.items())]
+    return [(task, row) for task, row in rows if row.get("rounds")]
 
 
 def controls(groups):
-    return None
+    """Tickets beside their controls: a row of panels for each task, a column for each setting.
+
+    Points are means, small ones single seeds.
+    """
+    trained = [one for one in groups if one["script"] == "main_train"]
+    beaten = [one["ticket"] for one in trained if one["control"] != "none"]
+    settings = [*dict.fromkeys(beaten)]
+    shown = [one for one in trained if one["ticket"] in settings]
+    if not shown:
+        return None
+    kinds = [kind for kind in CONTROLS if any(one["control"] == kind for one in shown)]
+    tasks = sorted({task for one in shown if one["control"] != "none" for task in one["accuracy"]})
+    size = (
+        8 if len(settings) < 3 else 2.8 * len(settings),
+        0.9 + (0.5 + 0.24 * len(kinds)) * len(tasks),
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(tasks), len(settings), squeeze=False, sharey=True)
+    for column, ticket in zip(panels.T, settings):
+        for axes, task in zip(column, tasks):
+            own = [one for one in shown if one["ticket"] == ticket and task in one["accuracy"]]
+            for one in own:
+                values = [*one["accuracy"][task].values()]
+                y, (mean, deviation) = kinds.index(one["control"]), utils.spread(values)
+                colour = GREEN if one["control"] == "none" else "0.25"
+                if len(values) > 1:
+                    axes.plot(values, [y] * len(values), ".", color=colour, ms=4, alpha=0.6, mew=0)
+                keys = {"fmt": "D" if one["control"] == "none" else "o", "capsize": 3, "ms": 5}
+                axes.errorbar(mean, y, xerr=deviation, color=colour, **keys)
+                if one["control"] == "none":
+                    axes.axvline(mean, color=GREEN, lw=0.8, zorder=0.5)
+            count = max((len(one["accuracy"][task]) for one in own), default=0)
+            label = f"{own[0]['label']}, " * (len(settings) > 1) if own else ""
+            axes.set_title(f"{label}task {task}, n = {count}", loc="left")
+            axes.set_yticks(range(len(kinds)), [CONTROLS[kind] for kind in kinds])
+            axes.set_ylim(len(kinds) - 0.5, -0.5)
+            axes.grid(axis="x")
+        column[-1].set_xlabel("test accuracy, all tasks so far (%)")
+    words = "; points: mean, bars: standard deviation, dots: seeds"
+    several = any(len(one["seeds"]) > 1 for one in shown)
+    figure.suptitle(f"Tickets and controls on {title(groups)}{words * several}", fontsize=9)
+    return figure

@@ -13,6 +13,7 @@ layers (density of each layer), prunings (bottom-up: how tickets were found) and
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pictures
 import utils
+from pictures import CONTROLS
 from run import FREE
 from utils import Refusal
 
@@ -29,15 +31,6 @@ NAMES = {
     "main_BU": "BU",
     "main_train": "TR-BU",
     "test": "test",
-}
-# what main_train trains in a ticket's place, see main_train.take_control
-CONTROLS = {
-    "none": "the ticket",
-    "random_mask": "random mask",
-    "shuffle_mask": "shuffled mask",
-    "reinit": "new weights",
-    "shuffle_weights": "shuffled weights",
-    "dense": "dense, no mask",
 }
 # flags that do not make another setting: they cannot change what is to be expected of a run, or
 # stand beside the setting in a group
@@ -53,6 +46,7 @@ def read(folder):
         raise Refusal(f"{folder}: holds no results.json, give the --save_dir of a run")
     try:
         runs = [json.loads(path.read_text()) for path in paths]
+        runs = [run for run in runs if run["states"] != []] or runs  # some have just begun
         for run in runs:
             check(run)
             run |= {"first": runs[0], "place": os.path.realpath(folder)}
@@ -89,21 +83,20 @@ def check(run):
         known = min(row["state"], tasks)
         if row["state"] > tasks + (script == "TD") or len(row["accuracy"]) != known:
             raise ValueError
-        layers = row.setdefault("layer_density", {})
         numbers = [row["mean"], row["density"], row.get("ticket_density", 0), *row["accuracy"]]
-        numbers += layers.values()
+        numbers += row.get("layer_density", {}).values()
         if script == "BU":
             if len(row["dense_accuracy"]) != known:
                 raise ValueError
             numbers += row["dense_accuracy"]
-            for each in row.setdefault("rounds", []):
+            for each in row["rounds"]:
                 numbers += [each["density"], each["accuracy"]]
                 number(each["decay"], -100, 100)
         for value in numbers:
             number(value, 0, 100)
     if script == "BU":
-        number(config.setdefault("deacc", 2), -1e9, 1e9)
-        number(config.setdefault("base_sparsity", 90), 0, 100)
+        number(config["deacc"], -math.inf, math.inf)
+        number(config["base_sparsity"], 0, 100)
 
 
 def flags_of(run, first):
