@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 import utils
 
@@ -119,13 +119,15 @@ def report(groups):
 
     Tickets that main_train trained are points without a line: each begins from other weights.
     """
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     shown = plain(groups)
-    for name, curve in paper_curves(groups).items():
-        words = f"{name} of the paper: {curve['density']:.2f} %"
-        keys = {"color": {"TD": BLUE, "TR-BU": GREEN}[name], "lw": 0.8, "alpha": 0.7, "zorder": 1}
-        above.plot(range(1, len(curve["accuracy"]) + 1), curve["accuracy"], label=words, **keys)
+    if not shown:
+        return None
+    pruned = any(one["script"] in TICKETS[:2] for one in groups)
+    figure = Figure(figsize=(8, 7 if pruned else 4.5), layout="constrained")
+    ratios = (3, 2) if pruned else (1,)
+    above, *rest = figure.subplots(
+        len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False
+    ).flat
     if all(one["script"] != "main_CIL" for one in groups):
         for one, _, keys in shown:
             if one["script"] == "main_BU":
@@ -136,26 +138,35 @@ def report(groups):
         alone = one["script"] in ("main_train", "test")
         keys = keys | {"capsize": 2, "elinewidth": 1, "lw": 1.5}
         keys |= {"linestyle": "none"} if alone else {}
-        shift = 0.05 * (place - (len(shown) - 1) / 2)  # lest one hides another
+        shift = min(0.05, 0.3 / len(shown)) * (place - (len(shown) - 1) / 2)  # none hides another
         xs, means, deviations = spreads(one["accuracy"])
         words = f"{one['label']}: {percent(one['density'][xs[-1]].values())}, {seeds(one)}"
         above.errorbar([x + shift for x in xs], means, deviations, label=words, **keys)
-        if one["script"] in ("main_TD", "main_BU"):
+        if one["script"] in TICKETS[:2]:
             xs, means, deviations = spreads(one["density"])
-            below.errorbar([x + shift for x in xs], means, deviations, **keys)
+            rest[0].errorbar([x + shift for x in xs], means, deviations, **keys)
+    for name, curve in paper_curves(groups).items():
+        words = f"{name} of the paper (read off its Figure 4): {curve['density']:.2f} %"
+        keys = {"color": {"TD": BLUE, "TR-BU": GREEN}[name], "lw": 0.8, "alpha": 0.7, "zorder": 1}
+        above.plot(range(1, len(curve["accuracy"]) + 1), curve["accuracy"], label=words, **keys)
     above.set_ylabel("test accuracy, all tasks so far (%)")
     above.set_title(f"Lifelong tickets on {title(groups)}")
-    logarithmic(below.yaxis)
-    below.set_ylabel("weights that remain (%)")
-    below.set_xlabel("task")
-    below.set_xticks(range(1, max(one["classifiers"] for one in groups) + 1))
-    for axes in (above, below):
+    for below in rest:
+        logarithmic(below.yaxis)
+        below.set_ylim(top=115)
+        below.set_ylabel("weights that remain (%)")
+    for axes in (above, *rest):
         axes.grid()
+        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
+    axes.set_xlabel("task")
     words = "run: density of its last ticket, n = seeds"
     words += "; bars: standard deviation over them" * any(len(one["seeds"]) > 1 for one in groups)
     wide = max(len(one["label"]) for one in groups) > 12
     options = {"loc": "outside lower center", "title_fontsize": 8}
-    figure.legend(ncols=2 if wide else 3, title=words, **options)
+    handles, labels = above.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda place: isinstance(handles[place], Line2D))
+    ours_first = [[each[place] for place in order] for each in (handles, labels)]
+    figure.legend(*ours_first, ncols=2 if wide else 3, title=words, **options)
     return figure
 
 
@@ -164,13 +175,16 @@ def logarithmic(axis):
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def paper_curves(groups):
     """{TR-BU, TD: {density, accuracy}} of the paper's Figure 4 where that is of this data set."""
-    sets = {(one["dataset"], one["classifiers"]) for one in groups}
-    if len(sets) > 1 or sets - {("cifar10", 5), ("cifar100", 10)}:
+    sets = {
+        (one["dataset"], one["classifiers"], one["flags"].get("classes_per_classifier"))
+        for one in groups
+    }
+    if len(sets) > 1 or sets - {("cifar10", 5, 2), ("cifar100", 10, 10)}:
         return {}
     curves = json.loads(FIGURE4.read_text())[sets.pop()[0]]
     return {name: curves[name] for name in ("TR-BU", "TD")}
@@ -181,12 +195,11 @@ def matrix(groups):
     shown = [one for one in groups if one["control"] == "none" and len(one["accuracy"]) > 1]
     if not shown:
         return None
-    across = min(3, len(shown))
-    down = math.ceil(len(shown) / across)
-    figure = Figure(figsize=(8, 0.6 + 2.6 * down if across == 3 else 0.6 + 3.4 * down))
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
     tasks = max(one["classifiers"] for one in shown)
+    across = min(3 if tasks <= 6 else 2, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure = Figure(figsize=(8, 0.8 + (2.5 if across == 3 else 3.5) * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, one in zip(panels, shown):
         cells = [[math.nan] * tasks for _ in range(tasks)]
         for task in one["accuracy"]:
@@ -195,7 +208,7 @@ def matrix(groups):
                 cells[task - 1][i] = utils.spread(values)[0]
                 if tasks <= 10:
                     dark = cells[task - 1][i] < 55
-                    keys = {"ha": "center", "va": "center", "fontsize": 8 if tasks <= 6 else 5.5}
+                    keys = {"ha": "center", "va": "center", "fontsize": 8 if tasks <= 6 else 7}
                     text = f"{cells[task - 1][i]:.0f}"
                     axes.text(i + 1, task, text, color="white" if dark else "black", **keys)
         edge = (0.5, tasks + 0.5)
@@ -207,7 +220,9 @@ def matrix(groups):
         axes.spines[:].set_visible(False)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
-    figure.colorbar(picture, ax=figure.axes, label="test accuracy (%)", shrink=0.7, aspect=30)
+    options = {"shrink": 0.7, "aspect": 40, "fraction": 0.03}
+    figure.colorbar(picture, ax=figure.axes, label="test accuracy (%)", **options)
+    figure.suptitle(f"Accuracy of each task on {title(groups)}, mean over n seeds", fontsize=9)
     return figure
 
 
@@ -245,7 +260,9 @@ def layers(groups):
             )
         tops = [f"{mean:.0f}" if mean >= 9.5 else f"{mean:.1f}" for mean in means]
         for x, mean, deviation, text in zip(places, means, deviations, tops):
-            axes.text(x, mean + deviation + 1.5, text, ha="center", va="bottom", fontsize=7)
+            keys = {"ha": "center", "va": "bottom", "fontsize": 7}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.text(x, mean + deviation + 2, text, bbox=box, **keys)
         density = one["density"][last].values()
         axes.axhline(utils.spread([*density])[0], color="0.3", lw=1, ls="--", zorder=0.5)
         words = f"ticket of task {last}, {percent(density)} in all (dashed), n = {len(rows)}"
@@ -253,9 +270,9 @@ def layers(groups):
         axes.set(ylim=(0, 119), yticks=range(0, 101, 25), xlim=(-0.6, len(names) - 0.4))
         axes.grid(axis="y")
         axes.set_xticks(places, names, rotation=90, fontsize=8)
-    words = "; bars: standard deviation over seeds" * any(len(rows) > 1 for *_, rows in shown)
+    words = "; whiskers: standard deviation" * any(len(rows) > 1 for *_, rows in shown)
     figure.supylabel("weights that remain in each layer (%)", fontsize=9)
-    figure.suptitle(f"{title(groups)}{words}", fontsize=9)
+    figure.suptitle(f"Density of each layer on {title(groups)}{words}", fontsize=9)
     return figure
 
 
@@ -290,9 +307,10 @@ def prunings(groups):
         named[1001, "the dense network"] = axes.axhline(0, color="black", lw=1)
         stop = {"color": "0.35", "lw": 1.2}
         if abs(deacc) <= 100:
-            named[1002, "loss that stops (--deacc)"] = axes.axhline(-deacc, ls="--", **stop)
-        words = "density from which it stops (--base_sparsity)"
-        named[1003, words] = axes.axvline(100 - sparsity, ls=":", **stop)
+            named[1002, "stops below this (--deacc) ..."] = axes.axhline(-deacc, ls="--", **stop)
+        named[1003, "... and right of this (--base_sparsity)"] = axes.axvline(
+            100 - sparsity, ls=":", **stop
+        )
         axes.set_title(f"{wrapped(one['label'])}, {seeds(one)}")
         axes.grid()
         logarithmic(axes.xaxis)
@@ -311,7 +329,11 @@ def prunings(groups):
 def rounds_of(one):
     """[(task, row)] of a group's rows that hold rounds of pruning, of all seeds."""
     rows = [item for rows in one["seeds"].values() for item in sorted(rows.items())]
-    return [(task, row) for task, row in rows if row.get("rounds")]
+    return [
+        (task, row)
+        for task, row in rows
+        if any(each["density"] > 0 for each in row.get("rounds", []))
+    ]
 
 
 def controls(groups):
@@ -329,7 +351,7 @@ def controls(groups):
     tasks = sorted({task for one in shown if one["control"] != "none" for task in one["accuracy"]})
     size = (
         8 if len(settings) < 3 else 2.8 * len(settings),
-        0.9 + (0.5 + 0.24 * len(kinds)) * len(tasks),
+        0.9 + (0.5 + 0.26 * len(kinds)) * len(tasks),
     )
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(tasks), len(settings), squeeze=False, sharey=True)
@@ -341,12 +363,19 @@ def controls(groups):
                 y, (mean, deviation) = kinds.index(one["control"]), utils.spread(values)
                 colour = GREEN if one["control"] == "none" else "0.25"
                 if len(values) > 1:
-                    axes.plot(values, [y] * len(values), ".", color=colour, ms=4, alpha=0.6, mew=0)
-                keys = {"fmt": "D" if one["control"] == "none" else "o", "capsize": 3, "ms": 5}
+                    below = [y + 0.27] * len(values)
+                    axes.plot(values, below, ".", color=colour, ms=6, alpha=0.6, mew=0)
+                keys = {
+                    "fmt": "D" if one["control"] == "none" else "o",
+                    "capsize": 3,
+                    "ms": 5,
+                    "lw": 1.2,
+                }
                 axes.errorbar(mean, y, xerr=deviation, color=colour, **keys)
                 if one["control"] == "none":
                     axes.axvline(mean, color=GREEN, lw=0.8, zorder=0.5)
-            count = max((len(one["accuracy"][task]) for one in own), default=0)
+            counts = sorted({len(one["accuracy"][task]) for one in own}) or [0]
+            count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
             label = f"{own[0]['label']}, " * (len(settings) > 1) if own else ""
             axes.set_title(f"{label}task {task}, n = {count}", loc="left")
             axes.set_yticks(range(len(kinds)), [CONTROLS[kind] for kind in kinds])

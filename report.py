@@ -63,40 +63,46 @@ def read(folder):
 def check(run):
     """Raise an error unless a run holds what is told of it, and its numbers can be drawn."""
 
-    def number(value, least, most):
-        if type(value) not in (int, float) or not least <= value <= most:
+    def need(sound):
+        if not sound:
             raise ValueError
 
-    script, config, states = NAMES[run["script"]], run["config"], run["states"]
-    for whole in (config["classifiers"], *(row["state"] for row in states)):
-        number(whole, 1, 1000)
-        range(whole)
-    number(config.setdefault("seed", 0), 0, 2**63)
-    CONTROLS[config.setdefault("control", "none")]
-    if "$" in str(config["dataset"]):  # which starts a formula in a picture
-        raise ValueError
+    def number(value, least=0, most=100):
+        need(type(value) in (int, float) and least <= value <= most)
+
+    def whole(value, least, most):
+        need(type(value) is int and least <= value <= most)
+
+    script, config, states = run["script"], run["config"], run["states"]
     tasks = config["classifiers"]
-    first = 1 if script in ("dense", "TD", "BU") else states[0]["state"]
-    if [row["state"] for row in states] != [*range(first, first + len(states))] or not states:
-        raise ValueError
-    for row in states:
-        known = min(row["state"], tasks)
-        if row["state"] > tasks + (script == "TD") or len(row["accuracy"]) != known:
-            raise ValueError
-        numbers = [row["mean"], row["density"], row.get("ticket_density", 0), *row["accuracy"]]
-        numbers += row.get("layer_density", {}).values()
-        if script == "BU":
-            if len(row["dense_accuracy"]) != known:
-                raise ValueError
-            numbers += row["dense_accuracy"]
+    need(script in NAMES and config.setdefault("control", "none") in CONTROLS)
+    whole(tasks, 1, 1000)
+    whole(config["width"], 1, 4096)
+    whole(config.setdefault("seed", 0), 0, 2**63)
+    need(isinstance(config["dataset"], str) and "$" not in config["dataset"])  # no formula
+    need(states)
+    first = states[0]["state"] if script in ("main_train", "test") else 1
+    for state, row in enumerate(states, first):
+        whole(row["state"], state, min(state, tasks + (script == "main_TD")))
+        several = [row["accuracy"]]
+        for key in ("mean", "density", *["ticket_density"] * ("ticket_density" in row)):
+            number(row[key])
+        layers = [*row.get("layer_density", {}).values()]
+        need(len(layers) <= 1000)
+        if script == "main_BU":
+            several.append(row["dense_accuracy"])
+            number(row["ticket_density"])
             for each in row["rounds"]:
-                numbers += [each["density"], each["accuracy"]]
-                number(each["decay"], -100, 100)
-        for value in numbers:
-            number(value, 0, 100)
-    if script == "BU":
+                number(each["density"])
+                number(each["decay"], -100)
+        for accuracy in several:
+            need(len(accuracy) == min(state, tasks))
+        for value in sum(several, layers):
+            number(value)
+    if script == "main_BU":
         number(config["deacc"], -math.inf, math.inf)
-        number(config["base_sparsity"], 0, 100)
+        number(config["base_sparsity"], 0, 100 - 1e-9)
+        need(isinstance(config["select_on"], str))
 
 
 def flags_of(run, first):
@@ -167,7 +173,8 @@ def group(runs):
     for one in groups:
         alike = {each["ticket"] for each in groups if each["label"] == one["label"]}
         if len(alike) > 1:
-            one["folder"] = f" ({utils.shown(Path(one['place']).name, 40)})"
+            folder = "/".join(Path(one["place"]).parts[-2:])
+            one["folder"] = f" ({utils.shown(folder, 40)})"
     for one in groups:
         one["label"] += one.get("folder", "")
         one["accuracy"] = series(one, lambda row: sum(row["accuracy"]) / len(row["accuracy"]))
@@ -198,7 +205,7 @@ def label(one, others):
             value = flags[key]
             if isinstance(value, list):
                 value = ",".join(map(str, value))
-            if value not in (None, False):
+            if value is not None and value is not False:
                 words.append(f"--{key}" + ("" if value is True else f" {value}"))
     return utils.shown(" ".join(words), 70)
 
@@ -206,7 +213,7 @@ def label(one, others):
 # ------------------------------------------------------------------------------ tables
 
 
-def figures(one, most):
+def measures(one, most):
     """[(name, values of the seeds, decimals)] of a group, for a row of the first table.
 
     most: number of tasks that the table has columns for.
@@ -216,7 +223,7 @@ def figures(one, most):
     whole = [rows for rows in one["seeds"].values() if rows.keys() == {*tasks}]
     matrices = [[rows[t]["accuracy"] for t in tasks] for rows in whole]
     for name, function in (
-        ("last accuracy", utils.last_accuracy),
+        ("last", utils.last_accuracy),
         ("AIA", utils.average_incremental_accuracy),
         ("forgetting", utils.forgetting),
     ):
@@ -227,10 +234,10 @@ def figures(one, most):
 
 
 def run_table(groups):
-    """(names of the columns, rows as (texts, number of seeds, figures)) of the first table."""
+    """(names of the columns, rows as (texts, number of seeds, measures)) of the first table."""
     most = max(one["classifiers"] for one in groups)
     shown = [one for one in groups if one["control"] == "none"]
-    return ["run"], [([one["label"]], len(one["seeds"]), figures(one, most)) for one in shown]
+    return ["run"], [([one["label"]], len(one["seeds"]), measures(one, most)) for one in shown]
 
 
 def control_table(groups):
@@ -315,28 +322,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folders = {os.path.realpath(folder): folder for folder in args.runs}  # each once
     groups = group([run for folder in folders.values() for run in read(folder)])
-    out, notes = Path(args.out), unfinished(groups)
+    out = Path(args.out)
     tables = [
         ("report", ABOUT, run_table(groups)),
         ("controls", ABOUT_CONTROLS, control_table(groups)),
     ]
     tables = [each for each in tables if each[2][1]]
     definitions = "".join(f"- {name}: {words}\n" for name, words in utils.DEFINITIONS.items())
-    whole = ""
-    for _, about, table in tables:
-        whole += f"{about}\n\n{as_markdown(*table)}\n"
-    print(whole + "".join(f"{line}\n" for line in notes), end="")
+    told = "".join(f"{about}\n\n{as_markdown(*table)}\n" for _, about, table in tables)
+    figures, missing = pictures.draw(groups)
+    notes = "".join(f"{line}\n\n" for line in (*unfinished(groups), *missing))
+    print(told + notes.replace("\n\n", "\n"), end="")
     texts = {f"{name}.csv": as_csv(*table) for name, _, table in tables}
-    whole += f"With a_{{t,i}} the accuracy of task i after task t:\n\n{definitions}"
-    texts["report.md"] = whole + "".join(f"\n{line}\n" for line in notes)
+    told += f"With a_{{t,i}} the accuracy of task i after task t:\n\n{definitions}\n"
+    texts["report.md"] = told + notes + "".join(f"![{name}]({name}.png)\n" for name in figures)
     for name, text in texts.items():
         utils.save_text(out / name, text)
-    figures, missing = pictures.draw(groups)
     for name, figure in figures.items():
         pictures.write(figure, out / name)
-    for line in missing:
-        print(line)
-    print(f"written to {out}: " + ", ".join([*texts, *(f"{name}.png, .svg" for name in figures)]))
+    written = [*texts, *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
+    print(f"written to {out}: {', '.join(written)}")
 
 
 if __name__ == "__main__":
