@@ -4,6 +4,7 @@ Colours tell methods, line styles and hollow marks the flags in which two groups
 differ. What is uncertain is a standard deviation over seeds, and said so.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -55,12 +56,19 @@ OPTIONS = {
 }
 
 
+@contextlib.contextmanager
+def drawing():
+    """Our options, and no warnings: of letters that the font lacks, of no density to draw."""
+    with matplotlib.rc_context(OPTIONS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def write(figure, path):
     """Write a figure as <path>.png and <path>.svg. Raises Refusal where that cannot be."""
     for kind, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
         save = functools.partial(figure.savefig, format=kind, **more)
-        with matplotlib.rc_context(OPTIONS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font does not have
+        with drawing():
             utils.write_whole(path.with_name(f"{path.name}.{kind}"), save)
 
 
@@ -70,10 +78,8 @@ def draw(groups):
     Returns {name: figure}, and lines on what could not be drawn.
     """
     told = [one for one in groups if one["accuracy"]]
-    found = {}
-    with matplotlib.rc_context(OPTIONS):
-        for picture in (report, matrix, layers, prunings, controls):
-            found[picture.__name__] = picture(told) if told else None
+    with drawing():
+        found = {each.__name__: each(told) for each in (report, matrix, layers, prunings, controls)}
     lines = []
     if any(one["script"] in TICKETS for one in told) and not found["layers"]:
         lines = ["no picture of layers: these runs did not record the density of each layer yet"]
