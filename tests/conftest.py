@@ -6,6 +6,7 @@ import processes
 import pytest
 import torch
 
+import dataset
 from dataset import Data
 from run import Run
 
@@ -63,6 +64,15 @@ def data():
         std=torch.full((3, 1, 1), 0.25),
         pad=4,
     )
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The embedded digits, but 12 training images of each class."""
+    parts, pool, names = dataset.digits()
+    counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
+    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
+    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
 
 
 @pytest.fixture

@@ -299,6 +299,7 @@ CASES = [
     ("state-above-the-tasks-train", "main_train.py", TICKET + "--state 4", "--state 4"),
     ("state-0", "test.py", "--pretrained dense.pt --state 0", "--state"),
     ("state-huge", "test.py", f"--pretrained dense.pt --state {HUGE}", "--state"),
+    ("control-unknown", "main_train.py", TICKET + "--state 1 --control random", "--control"),
     ("no-weight", "main_train.py", MASK + "--state 1", "--weight"),
     ("no-mask", "main_train.py", WEIGHT + "--state 1", "--mask"),
     ("no-pretrained", "test.py", "--state 1", "--pretrained"),

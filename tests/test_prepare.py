@@ -756,15 +756,6 @@ SMALL = "--dataset digits --classifiers 2 --width 4 --epochs 1 --batch_size 32 -
 SMALL = SMALL.split()
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    """The embedded digits, but 12 training images of each class."""
-    parts, pool, names = dataset.digits()
-    counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
-    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
-    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
-
-
 def test_the_order_of_a_run_is_taken_by_the_scripts_that_go_on_with_it(few_digits):
     order = np.random.RandomState(5).permutation(10).tolist()[:4]
     main_CIL.main([*SMALL, "--save_dir", "run", "--class_order", "random:5"])

@@ -16,6 +16,7 @@ import main_TD
 import main_train
 import pruning_utils
 import report
+import reproduce
 import test as test_script
 import trainer
 import utils
@@ -23,15 +24,7 @@ import utils
 FLAGS = "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 48 --unlabel_num 2"
 TINY = FLAGS.split()
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def few_digits(monkeypatch):
-    """The embedded digits, but 12 training images of each class."""
-    parts, pool, names = dataset.digits()
-    counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
-    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
-    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def results(folder, name="results.json"):
@@ -517,7 +510,7 @@ def test_bad_input_is_one_clear_line(files, monkeypatch, script, flags, named):
     assert sorted(files.rglob("*")) == before  # nothing was written
 
 
-SCRIPTS = [main_TD, main_BU, main_CIL, main_train, test_script, report, dataset]
+SCRIPTS = [main_TD, main_BU, main_CIL, main_train, test_script, report, dataset, reproduce]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
