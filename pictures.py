@@ -264,7 +264,7 @@ def layers(groups):
             axes.errorbar(
                 places, means, deviations, fmt="none", ecolor="0.3", elinewidth=1, capsize=2
             )
-        tops = [f"{mean:.0f}" if mean >= 9.5 else f"{mean:.1f}" for mean in means]
+        tops = [f"{mean:.{(mean < 9.5) + (0 < mean < 0.95)}f}" for mean in means]
         for x, mean, deviation, text in zip(places, means, deviations, tops):
             keys = {"ha": "center", "va": "bottom", "fontsize": 7}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}

@@ -402,7 +402,7 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "| BU " in printed and "| TR-BU | 2    | the ticket |" in printed
+    assert "| BU " in printed and "| TR-BU     | 2    | the ticket |" in printed
     assert f"{results(tmp_path)['states'][2]['mean']:.1f}" in printed
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
