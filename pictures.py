@@ -288,7 +288,7 @@ def prunings(groups):
     Accuracy is told as points above that of the dense network (0), from which the stop rule counts:
     prunings stop below -deacc at a density of at most 100 - base_sparsity.
     """
-    shown = [one for one in groups if any(rounds_of(one))]
+    shown = [one for one in groups if one["script"] == "main_BU" and rounds_of(one)]
     if not shown:
         return None
     across = min(2, len(shown))
