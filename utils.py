@@ -12,6 +12,7 @@ import pickle
 import platform
 import re
 import signal
+import statistics
 import sys
 import tarfile
 import types
@@ -771,25 +772,40 @@ def read_state(path):
 # ------------------------------------------------------------------------------ records
 
 
-def average_incremental_accuracy(matrix):
-    """Mean over the states of the mean accuracy on the tasks so far (iCaRL, Rebuffi et al. 2017).
+# Of an accuracy matrix a_{t,i}, the test accuracy of task i after task t, in percent. The functions
+# below take it as rows: row t holds the accuracies of tasks 1..t.
+DEFINITIONS = {
+    "last accuracy": "the mean over i of a_{T,i}, after the last task T",
+    "average incremental accuracy (AIA)": "the mean over t of the mean over i <= t of a_{t,i} "
+    "(iCaRL, Rebuffi et al. 2017)",
+    "forgetting": "the mean over i < T of max_{i <= t < T} a_{t,i} - a_{T,i}, in percentage "
+    "points; negative where old tasks gained (Chaudhry et al. 2018)",
+}
 
-    matrix: row t holds the accuracies (percent) of tasks 1..t after state t.
-    """
+
+def last_accuracy(matrix):
+    """See DEFINITIONS; in percent."""
+    return sum(matrix[-1]) / len(matrix[-1])
+
+
+def average_incremental_accuracy(matrix):
+    """See DEFINITIONS; in percent."""
     return sum(sum(row) / len(row) for row in matrix) / len(matrix)
 
 
 def forgetting(matrix):
-    """Mean over the old tasks of best earlier accuracy - last accuracy (Chaudhry et al. 2018).
-
-    matrix: as above. In percentage points; None with one task, where nothing can be forgotten.
-    """
+    """See DEFINITIONS; in percentage points; None with one task: nothing can be forgotten."""
     last = matrix[-1]
     drops = [
         max(matrix[state][task] for state in range(task, len(matrix) - 1)) - last[task]
         for task in range(len(last) - 1)
     ]
     return sum(drops) / len(drops) if drops else None
+
+
+def spread(values):
+    """Mean and standard deviation (sample: n - 1) of numbers; of one number that is None."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def device_name(device):

@@ -171,7 +171,7 @@ def test_overlap_and_comparison_of_runs(tmp_path, capsys):
                 "classifiers": 1,
             },
             "states": [
-                {"state": t, "accuracy": [mean] * t, "mean": mean, "density": 50.0}
+                {"state": t, "accuracy": [mean], "mean": mean, "density": 50.0}
                 for t, mean in ((1, 90.0), (2, 70.0))
             ],
             "average_incremental_accuracy": 80.0,

@@ -398,12 +398,12 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     own = pruning_utils.extract_mask(started[1])
     assert all(torch.equal(own[name].cpu(), masks[name]) for name in masks)
 
-    # report.py: one column for each run, the numbers of results.json
+    # report.py: a row for each run, the numbers of results.json
     capsys.readouterr()
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "BU" in printed and "retrained 2" in printed
-    assert f"{results(tmp_path)['states'][2]['mean']:.2f}" in printed
+    assert "| BU " in printed and "| TR-BU     | 2    | the ticket |" in printed
+    assert f"{results(tmp_path)['states'][2]['mean']:.1f}" in printed
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -422,10 +422,10 @@ def test_task_1_is_retrained_without_soft_labels(tmp_path):
 
 def test_report_puts_the_result_of_TD_at_task_T(tmp_path):
     run = run_TD(tmp_path, "--prune_scheduler", "1,1,1")
-    points = report.curve(run)
-    assert [point[0] for point in points] == [1, 2, 3]
-    assert points[2][1] == run["states"][3]["mean"]
-    assert [round(point[3], 1) for point in points] == [80, 64, 51.2]
+    (group,) = report.group(report.read(tmp_path))
+    assert [*group["accuracy"]] == [1, 2, 3]
+    assert group["accuracy"][3] == {0: pytest.approx(run["states"][3]["mean"])}
+    assert [round(density[0], 1) for density in group["density"].values()] == [80, 64, 51.2]
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -1,0 +1,507 @@
+"""Tables and pictures of report.py, against numbers worked out by hand; no training here."""
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from matplotlib.container import BarContainer, ErrorbarContainer
+
+import main_train
+import pictures
+import report
+import utils
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {"conv1": 80.0, "layer1.0.conv1": 20.0}
+
+
+def write(folder, script, rows, name="results.json", **config):
+    """The records of a run of two tasks; rows: dicts of a state's accuracy and what else it has."""
+    flags = {"dataset": "digits", "width": 4, "classifiers": 2, "seed": 0, "epochs": 3}
+    if script == "main_BU":
+        flags |= {"deacc": 2.0, "base_sparsity": 90.0, "select_on": "test"}
+    folder.mkdir(parents=True, exist_ok=True)
+    states = []
+    for place, row in enumerate(rows):
+        state = {"state": place + 1, "density": 100.0} | row
+        states.append(state | {"mean": statistics.fmean(state["accuracy"])})
+    content = {"script": script, "config": flags | config, "states": states}
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def dense(folder, seed, accuracies, **config):
+    rows = [{"accuracy": row} for row in accuracies]
+    return write(folder, "main_CIL", rows, seed=seed, save_dir=str(folder), **config)
+
+
+def bottom_up(folder, seed=0, **config):
+    """Three prunings of task 1, of which the second is the ticket; task 2 re-grows it in one."""
+    rounds = [(80.0, 88.0, 2.0), (8.0, 89.0, 1.0), (6.4, 80.0, 10.0)]
+    rounds = [dict(zip(("density", "accuracy", "decay"), each)) for each in rounds]
+    more = {"layer_density": LAYERS, "dense_accuracy": [90.0]}
+    first = {"accuracy": [89.0], "density": 8.0, "ticket_density": 8.0, "rounds": rounds} | more
+    again = {"accuracy": [80.0, 60.0], "density": 8.0, "ticket_density": 30.0} | more
+    again |= {"dense_accuracy": [84.0, 70.0]}
+    again |= {"rounds": [{"density": 30.0, "accuracy": 76.5, "decay": 0.5}]}
+    return write(folder, "main_BU", [first, again], seed=seed, **config)
+
+
+def retrained(folder, seed, accuracy, control="none", **config):
+    ending = "" if control == "none" else f"_{control}"
+    paths = {"weight": f"{folder}/task1_best_model.pt", "mask": f"{folder}/mask-2.pt"}
+    row = {"state": 2, "accuracy": accuracy, "density": 100.0 if control == "dense" else 30.0}
+    name = f"retrain_task2{ending}_results.json"
+    flags = {"control": control} if ending else {}  # the tickets here are of before the flag
+    write(folder, "main_train", [row], name, seed=seed, state=2, **paths, **flags, **config)
+
+
+def groups_of(*folders):
+    return report.group([run for folder in folders for run in report.read(folder)])
+
+
+def lines_of(axes):
+    """The lines of an axes by their names."""
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def texts_of(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Tables alone, which are quick."""
+    monkeypatch.setattr(pictures, "draw", lambda groups: ({}, []))
+
+
+# ------------------------------------------------------------------------------ grouping
+
+
+def test_seeds_of_a_setting_are_taken_together(tmp_path):
+    """Folders and flags that change no result may differ, other flags may not."""
+    a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]], print_freq=50, device="cpu")
+    b = dense(tmp_path / "b", 1, [[96.0], [70.0, 50.0]], print_freq=10, device="cuda")
+    other = dense(tmp_path / "c", 0, [[50.0], [50.0, 50.0]], no_teaching=True)
+    both, alone = groups_of(b, other, a)
+    assert both["accuracy"] == {1: {0: 90, 1: 96}, 2: {0: 70, 1: 60}}
+    assert (both["label"], alone["label"]) == ("dense", "dense --no_teaching")
+    assert alone["accuracy"] == {1: {0: 50}, 2: {0: 50}}
+
+
+def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
+    dense(tmp_path / "x" / "run", 0, [[90.0], [80.0, 60.0]])
+    dense(tmp_path / "y" / "run", 0, [[96.0], [70.0, 50.0]])
+    groups = groups_of(tmp_path / "x" / "run", tmp_path / "y" / "run")
+    assert [one["label"] for one in groups] == ["dense (x/run)", "dense (y/run)"]
+    assert [len(one["seeds"]) for one in groups] == [1, 1]
+
+
+def test_one_folder_given_twice_counts_once(tmp_path, capsys, no_pictures):
+    folder = dense(tmp_path / "run", 0, [[90.0], [80.0, 60.0]])
+    report.main([str(folder), f"{folder}/../run", "--out", str(tmp_path / "out")])
+    assert "| dense | 1 " in capsys.readouterr().out
+
+
+def test_scripts_and_flags_of_lists_are_in_the_labels(tmp_path):
+    rows = [{"accuracy": [90.0], "ticket_density": 80.0}]
+    folders = [
+        write(tmp_path / f"{schedule}", "main_TD", rows, prune_scheduler=[schedule, 1])
+        for schedule in (1, 2)
+    ]
+    labels = [one["label"] for one in groups_of(*folders, bottom_up(tmp_path / "BU"))]
+    assert labels == ["TD --prune_scheduler 1,1", "TD --prune_scheduler 2,1", "BU"]
+
+
+def test_a_flag_of_zero_is_told(tmp_path):
+    folders = [bottom_up(tmp_path / str(n), accept_decay=n) for n in (0, 1)]
+    assert [one["label"] for one in groups_of(*folders)] == [
+        "BU --accept_decay 0",
+        "BU --accept_decay 1",
+    ]
+
+
+def test_tickets_belong_to_the_run_that_made_them(tmp_path):
+    """main_train does not know how its ticket was chosen; the run in its folder does."""
+    for select in ("val", "test"):
+        for seed in (0, 1):
+            folder = bottom_up(tmp_path / f"{select}{seed}", seed, select_on=select)
+            retrained(folder, seed, [70.0 + seed, 60.0])
+            retrained(folder, seed, [50.0, 40.0], "reinit")
+    groups = groups_of(*sorted(tmp_path.iterdir()))
+    found = [(one["label"], one["control"], len(one["seeds"])) for one in groups]
+    assert found == [
+        ("BU --select_on test", "none", 2),
+        ("BU --select_on val", "none", 2),
+        ("TR-BU --select_on test", "none", 2),
+        ("TR-BU --select_on test", "reinit", 2),
+        ("TR-BU --select_on val", "none", 2),
+        ("TR-BU --select_on val", "reinit", 2),
+    ]
+
+
+def test_other_weights_than_those_of_the_task_before_are_no_task_rewound_ticket(tmp_path):
+    retrained(tmp_path, 0, [70.0, 60.0])
+    assert groups_of(tmp_path)[0]["label"] == "TR-BU"
+    path = tmp_path / "retrain_task2_results.json"
+    path.write_text(path.read_text().replace("task1_best_model", "task2_best_model"))
+    assert groups_of(tmp_path)[0]["label"] == "retrained"
+
+
+def test_the_last_point_of_TD_is_its_result(tmp_path):
+    states = [
+        {"accuracy": [90.0], "density": 100.0, "ticket_density": 80.0},
+        {"accuracy": [80.0, 70.0], "density": 80.0, "ticket_density": 64.0},
+        {"accuracy": [60.0, 50.0], "density": 64.0},
+    ]
+    (one,) = groups_of(write(tmp_path / "TD", "main_TD", states))
+    assert one["accuracy"] == {1: {0: 90}, 2: {0: 55}}
+    assert one["density"] == {1: {0: 80}, 2: {0: 64}}
+    (begun,) = groups_of(write(tmp_path / "begun", "main_TD", states[:2]))
+    assert begun["accuracy"] == {1: {0: 90}}  # 75 % is not that of the result
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def test_definitions_against_a_matrix_worked_out_by_hand():
+    matrix = [[90.0], [70.0, 80.0], [60.0, 90.0, 30.0]]
+    assert utils.last_accuracy(matrix) == 60
+    assert utils.average_incremental_accuracy(matrix) == 75  # of 90, 75, 60
+    assert utils.forgetting(matrix) == 10  # of 90 - 60 and 80 - 90
+    assert utils.forgetting([[90.0]]) is None
+    assert utils.spread([1.0, 2.0, 6.0]) == (3, pytest.approx(7**0.5))
+    assert utils.spread([4.0]) == (4, None)
+
+
+def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_pictures):
+    """Accuracies after the tasks: 90, 70; 96, 60; 93, 62. AIA 80, 78, 77.5."""
+    for seed, rows in enumerate(
+        ([[90.0], [80.0, 60.0]], [[96.0], [70.0, 50.0]], [[93.0], [93.0, 31.0]])
+    ):
+        dense(tmp_path / f"dense{seed}", seed, rows)
+    runs = [str(path) for path in sorted(tmp_path.glob("dense?"))]
+    report.main([*runs, "--out", str(tmp_path / "out")])
+    told = (tmp_path / "out" / "report.md").read_text()
+    wanted = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
+    row = [cell.strip() for cell in told.splitlines()[5].strip("| ").split("|")]
+    assert row == [*wanted, "100.00 ± 0.00"]
+    assert all(f"- {name}: " in told for name in utils.DEFINITIONS)
+    assert told.splitlines()[5] in capsys.readouterr().out
+    assert "controls" not in told and not (tmp_path / "out" / "controls.csv").exists()
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["run"], row["seeds"], row["task 1 mean"], row["task 1 sd"]) == (
+        *("dense", "3"),
+        *("93.0000", "3.0000"),
+    )
+    assert float(row["forgetting sd"]) == pytest.approx(statistics.stdev([10, 26, 0]), abs=1e-4)
+    assert float(row["AIA mean"]) == pytest.approx(78.5)
+
+
+def test_one_seed_has_no_standard_deviation(tmp_path, no_pictures):
+    report.main([str(dense(tmp_path, 0, [[90.0], [80.0, 60.0]])), "--out", str(tmp_path / "out")])
+    assert "±" not in (tmp_path / "out" / "report.md").read_text().split("\n\n")[1]
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        assert next(csv.DictReader(file))["last sd"] == ""
+
+
+def test_a_run_that_has_not_finished_is_told(tmp_path, capsys, no_pictures):
+    a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]])
+    b = dense(tmp_path / "b", 1, [[96.0]])
+    report.main([str(a), str(b), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    assert "dense, seed 1: 1 of 2 tasks so far" in told
+    assert re.search(r"\| 93.0 ± 4.2 +\| 70.0 \(n = 1\) +\|", told)
+
+
+def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys, no_pictures):
+    """Tickets 60, 70, 80; random masks 58, 69 and, without a ticket, 10."""
+    for seed, ticket, control in (
+        (0, 60.0, 58.0),
+        (1, 70.0, 69.0),
+        (2, 80.0, None),
+        (3, None, 10.0),
+    ):
+        folder = bottom_up(tmp_path / f"BU{seed}", seed)
+        if ticket:
+            retrained(folder, seed, [ticket, ticket])
+        if control:
+            retrained(folder, seed, [control, control], "random_mask")
+    runs = [str(path) for path in sorted(tmp_path.glob("BU?"))]
+    report.main([*runs, "--out", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "controls.csv", newline="") as file:
+        ticket, control = csv.DictReader(file)
+    assert (ticket["trained"], ticket["seeds"], ticket["accuracy mean"]) == (
+        *("the ticket", "3"),
+        "70.0000",
+    )
+    assert ticket["minus the ticket mean"] == ""
+    assert control["trained"] == "random mask" and control["density mean"] == "30.0000"
+    assert control["minus the ticket mean"] == "-1.5000"  # of -2 and -1
+    assert float(control["minus the ticket sd"]) == pytest.approx(0.5**0.5, abs=1e-4)
+    assert "-1.5 ± 0.7 (n = 2)" in capsys.readouterr().out
+
+
+def test_every_control_has_a_name():
+    assert set(report.CONTROLS) == set(main_train.CONTROLS)
+
+
+def test_what_stands_in_a_label_breaks_no_table(tmp_path, capsys, no_pictures):
+    for place, name in enumerate(("a|b", "c\nd\ud800")):
+        dense(tmp_path / str(place), 0, [[90.0]], extra=name)
+    report.main([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "report.md").read_text().split("\n\n")[1].splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1 and len(table) == 4
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def test_all_pictures_are_written_in_both_forms_and_the_same_each_time(tmp_path):
+    folder = bottom_up(tmp_path / "BU")
+    retrained(folder, 0, [70.0, 60.0])
+    retrained(folder, 0, [50.0, 40.0], "dense")
+    names = ["controls", "layers", "matrix", "prunings", "report"]
+    for out in ("one", "two"):
+        report.main([str(folder), "--out", str(tmp_path / out)])
+    written = sorted((tmp_path / "one").iterdir())
+    assert [path.stem for path in written if path.suffix == ".png"] == names
+    assert [path.stem for path in written if path.suffix == ".svg"] == names
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_accuracies(tmp_path):
+    """Means of seeds with bars, tickets as points, no controls, the dense network of main_BU."""
+    for seed in (0, 1):
+        folder = bottom_up(tmp_path / f"BU{seed}", seed)
+        retrained(folder, seed, [70.0 + 10 * seed, 60.0])
+        retrained(folder, seed, [10.0, 10.0], "reinit")
+    above, below = pictures.report(groups_of(tmp_path / "BU0", tmp_path / "BU1")).axes
+    shown = {c.get_label(): c for c in above.containers if isinstance(c, ErrorbarContainer)}
+    assert [*shown] == ["BU: 30.00 %, n = 2", "TR-BU: 30.00 %, n = 2"]
+    bu, ticket = (container.lines for container in shown.values())
+    assert list(bu[0].get_ydata()) == [89, 70] and bu[0].get_linestyle() == "-"
+    assert list(ticket[0].get_ydata()) == [67.5] and ticket[0].get_linestyle() == "None"
+    assert ticket[0].get_xdata()[0] == pytest.approx(2, abs=0.2)
+    (bar,) = ticket[2][0].get_segments()
+    assert bar[1][1] - bar[0][1] == pytest.approx(2 * statistics.stdev([65, 70]))
+    assert list(lines_of(above)["dense network of BU"].get_ydata()) == [90, 77]
+    (densities,) = below.containers
+    assert list(densities.lines[0].get_ydata()) == [8, 30] and below.get_yscale() == "log"
+
+
+def test_the_dense_network_is_drawn_once(tmp_path):
+    runs = groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[90.0], [80.0, 70.0]]))
+    assert "dense network of BU" not in lines_of(pictures.report(runs).axes[0])
+
+
+PAPER = {  # SPEC section 8
+    "cifar10": {
+        "TR-BU": (3.64, "96.9 89.0 81.3 74.6 73.2"),
+        "TD": (4.40, "98.2 87.9 79.2 72.3 72.2"),
+    },
+    "cifar100": {
+        "TR-BU": (7.20, "85.8 74.9 65.9 53.2 48.2 47.6 43.6 41.4 39.8 39.8"),
+        "TD": (9.66, "88.2 71.5 58.8 48.5 44.1 41.2 39.4 38.1 37.2 36.8"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tasks", "classes", "drawn"),
+    [
+        ("cifar10", 5, 2, True),
+        ("cifar100", 10, 10, True),
+        ("cifar10", 2, 5, False),
+        ("cifar100", 5, 20, False),
+        ("digits", 5, 2, False),
+    ],
+)
+def test_curves_of_the_paper(tmp_path, dataset, tasks, classes, drawn):
+    shape = {"classifiers": tasks, "classes_per_classifier": classes}
+    run = dense(tmp_path, 0, [[90.0]], dataset=dataset, **shape)
+    lines = lines_of(pictures.report(groups_of(run)).axes[0])
+    found = {label: line for label, line in lines.items() if "paper" in label}
+    assert len(found) == 2 * drawn
+    for name, (density, accuracies) in PAPER[dataset].items() if drawn else ():
+        (line,) = (line for label, line in found.items() if label.startswith(f"{name} of"))
+        assert list(line.get_ydata()) == [float(word) for word in accuracies.split()]
+        assert list(line.get_xdata()) == [*range(1, tasks + 1)]
+        assert f"{density:.2f} %" in line.get_label()
+
+
+def test_the_curves_of_the_paper_name_their_source():
+    content = json.loads((ROOT / "data" / "figure4.json").read_text())
+    assert "Figure 4" in content["source"]
+    assert [content[name]["uncertainty"] for name in PAPER] == [0.2, 0.4]
+
+
+def test_picture_of_the_matrix_is_the_mean_over_seeds(tmp_path):
+    a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]])
+    b = dense(tmp_path / "b", 1, [[96.0], [70.0, 30.0]])
+    figure = pictures.matrix(groups_of(a, b))
+    panel = figure.axes[0]
+    assert [text.get_text() for text in panel.texts] == ["93", "75", "45"]
+    assert [text.get_position() for text in panel.texts] == [(1, 1), (1, 2), (2, 2)]
+    cells = panel.images[0].get_array()
+    assert cells[0, 0] == 93 and list(cells[1]) == [75, 45] and not cells[0, 1] > 0
+    assert panel.get_title() == "dense, n = 2"
+
+
+def test_picture_of_layers(tmp_path):
+    figure = pictures.layers(
+        groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[9.0]]))
+    )
+    (panel,) = figure.axes
+    (bars,) = (each for each in panel.containers if isinstance(each, BarContainer))
+    assert [bar.get_height() for bar in bars] == [80, 20]
+    assert [text.get_text() for text in panel.get_xticklabels()] == [*LAYERS]
+    assert texts_of(figure) == ["80", "20"]
+    assert "30.00 %" in panel.get_title(loc="left")
+
+
+def test_layers_of_TD_are_those_of_its_last_ticket(tmp_path):
+    states = [
+        {"accuracy": [90.0], "ticket_density": 80.0, "layer_density": {"conv1": 80.0}},
+        {"accuracy": [80.0, 70.0], "ticket_density": 64.0, "layer_density": {"conv1": 64.0}},
+        {"accuracy": [60.0, 50.0], "density": 64.0},
+    ]
+    figure = pictures.layers(groups_of(write(tmp_path, "main_TD", states)))
+    assert texts_of(figure) == ["64"]
+
+
+def test_records_of_before_without_densities_of_layers(tmp_path, capsys):
+    path = bottom_up(tmp_path / "BU") / "results.json"
+    path.write_text(path.read_text().replace("layer_density", "something_else"))
+    report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
+    assert "no picture of layers" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "layers.png").exists()
+    assert (tmp_path / "out" / "report.png").exists()
+
+
+def test_picture_of_prunings(tmp_path):
+    """A line for each sequence of rounds, a star on each ticket, dense network and stop rule."""
+    runs = [bottom_up(tmp_path / str(seed), seed) for seed in (0, 1)]
+    figure = pictures.prunings(groups_of(*runs))
+    (panel,) = figure.axes
+    stars = [line for line in panel.get_lines() if line.get_marker() == "*"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in stars] == [(8, -1), (30, -0.5)] * 2
+    sequences = [line for line in panel.get_lines() if line.get_marker() == "."]
+    assert [list(line.get_xdata()) for line in sequences] == [[80, 8, 6.4], [30]] * 2
+    assert list(sequences[0].get_ydata()) == [-2, -1, -10]  # points lost
+    flat = [line.get_ydata()[0] for line in panel.get_lines() if line.get_marker() == "None"]
+    assert flat[:2] == [0, -2]
+    assert panel.get_lines()[-1].get_xdata()[0] == 10 and panel.get_xscale() == "log"
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told[:4] == ["task 1", "task 2, re-growth", "the ticket", "the dense network"]
+    assert panel.get_xlim()[0] > panel.get_xlim()[1]  # from dense to sparse
+
+
+def test_picture_of_controls(tmp_path):
+    for seed in (0, 1):
+        folder = bottom_up(tmp_path / f"BU{seed}", seed)
+        retrained(folder, seed, [60.0 + 10 * seed] * 2)
+        retrained(folder, seed, [50.0, 50.0], "reinit")
+    figure = pictures.controls(groups_of(tmp_path / "BU0", tmp_path / "BU1"))
+    (panel,) = figure.axes
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["the ticket", "new weights"]
+    ticket, control = panel.containers
+    assert ticket.lines[0].get_xdata()[0] == 65 and control.lines[0].get_xdata()[0] == 50
+    dots = [line for line in panel.get_lines() if line.get_marker() == "."]
+    assert [list(line.get_xdata()) for line in dots] == [[60, 70], [50, 50]]
+    assert "n = 2" in panel.get_title(loc="left")
+
+
+def test_without_controls_there_is_no_picture_of_them(tmp_path):
+    retrained(bottom_up(tmp_path), 0, [60.0, 60.0])
+    assert pictures.controls(groups_of(tmp_path)) is None
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+DAMAGES = {
+    "state left out": lambda run: run["states"].pop(0),
+    "accuracies of too many tasks": lambda run: run["states"][0]["accuracy"].append(50.0),
+    "accuracy above 100": lambda run: run["states"][0]["accuracy"].__setitem__(0, 101.0),
+    "accuracy true": lambda run: run["states"][0]["accuracy"].__setitem__(0, True),
+    "density of a layer a word": lambda run: run["states"][0].update(layer_density={"a": "b"}),
+    "densities of layers a list": lambda run: run["states"][0].update(layer_density=[1.0]),
+    "more states than tasks": lambda run: run["config"].update(classifiers=1),
+    "no width": lambda run: run["config"].pop("width"),
+    "seed a list": lambda run: run["config"].update(seed=[0]),
+    "seed not whole": lambda run: run["config"].update(seed=0.5),
+    "data set a list": lambda run: run["config"].update(dataset=["digits"]),
+    "unknown control": lambda run: run["config"].update(control="magic"),
+    "rounds without a ticket": lambda run: run["states"][0].pop("ticket_density"),
+    "rounds without a rule": lambda run: run["config"].pop("deacc"),
+    "rounds a number": lambda run: run["states"][0].update(rounds=3),
+    "decay nan": lambda run: run["states"][0]["rounds"][0].update(decay=float("nan")),
+    "sparsity of all": lambda run: run["config"].update(base_sparsity=100),
+    "selection a number": lambda run: run["config"].update(select_on=1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_records_are_refused_in_one_line(tmp_path, damage, no_pictures):
+    path = bottom_up(tmp_path / "BU") / "results.json"
+    run = json.loads(path.read_text())
+    damage(run)
+    path.write_text(json.dumps(run))
+    with pytest.raises(utils.Refusal, match="BU: results.json is damaged") as refusal:
+        report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deacc": 1e300},
+        {"deacc": 10**400},
+        {"base_sparsity": 0},
+        {"seed": 2**63},
+        {"extra": {"a": [1, None]}},
+        {"extra": "x" * 10**5},
+        {"extra": "$\\frac$"},
+    ],
+)
+def test_odd_records_are_drawn(tmp_path, monkeypatch, change):
+    drawn = []
+    monkeypatch.setattr(pictures, "write", lambda figure, path: drawn.append((figure, path.name)))
+    report.main(
+        [
+            str(bottom_up(tmp_path / "BU", **{"seed": 0} | change)),
+            str(bottom_up(tmp_path / "other", 1, extra=0)),
+            *("--out", str(tmp_path / "out")),
+        ]
+    )
+    assert [name for _, name in drawn] == ["report", "matrix", "layers", "prunings"]
+    for figure, _ in drawn:
+        figure.draw_without_rendering()  # which lays all out
+
+
+def test_a_run_without_any_weights_left_is_drawn(tmp_path):
+    path = bottom_up(tmp_path / "BU") / "results.json"
+    path.write_text(re.sub(r'"(ticket_)?density": [\d.]+', r'"\1density": 0', path.read_text()))
+    report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "prunings.png").exists()
+
+
+def test_runs_that_have_just_begun_are_passed_over(tmp_path):
+    folder = bottom_up(tmp_path)
+    write(folder, "main_train", [], "retrain_task2_results.json", state=2)
+    assert [one["label"] for one in groups_of(folder)] == ["BU"]
+
+
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.Refusal, match="cannot be written"):
+        report.main([str(bottom_up(tmp_path / "BU")), "--out", str(tmp_path / "file")])
