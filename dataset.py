@@ -290,8 +290,14 @@ def obtain(args, source, per_class=None, seed=None):
             args.image_size,
         )
     made = read_meta(source)
+
+    def plain(key, value):
+        """Places may be written in several ways."""
+        places = str(value).split(", ") if key in ("pool", "source") else ()
+        return [os.path.realpath(place) for place in places] or value
+
     for key, wish in wishes.items():
-        if wish is not None and made.get(key) != wish:
+        if wish is not None and plain(key, made.get(key)) != plain(key, wish):
             if not os.path.exists(source / "meta.json"):  # nobody can get these anew
                 flag = "unlabeled" if key == "pool" else key
                 raise Refusal(
@@ -300,7 +306,7 @@ def obtain(args, source, per_class=None, seed=None):
                 )
             raise Refusal(
                 f"--data {source}: was prepared with {key} {made.get(key)}, not {wish}; "
-                f"delete it or name another"
+                f"give the same, or name another folder"
             )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
@@ -117,6 +117,8 @@ def picture(source, name, side):
         raise Refusal(f"{where}: has more than {most}; make it smaller or take it away") from None
     except Exception as error:  # a damaged file can raise anything
         words = utils.first_line(error)
+        if isinstance(error, UnidentifiedImageError):  # whose words tell of the open file
+            words = "of no format that is known"
         raise Refusal(
             f"{where}: not an image that can be read ({words}); repair it or take it away"
         ) from None
@@ -239,10 +241,14 @@ def official(kind, raw, given, is_pool):
     try:
         return [kind(raw, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        words, wanted = utils.first_line(error), f"{kind.filename} or the folder {kind.base_folder}"
+        # what torchvision advises, download=True, is no flag here
+        words, wanted = (
+            utils.first_line(error).partition(" You can use")[0],
+            f"{kind.filename} or the folder {kind.base_folder}",
+        )
         other = CIFAR100 if kind is CIFAR10 else CIFAR10
         pool = (
-            ", or give another pool with --unlabeled"
+            f", or give another pool with --unlabeled ({kind.__name__} is wanted as the pool only)"
             if is_pool
             else f"; likewise {other.filename} (or give another pool with --unlabeled)"
         )
@@ -252,7 +258,7 @@ def official(kind, raw, given, is_pool):
             ) from None
         raise Refusal(
             f"{kind.__name__} cannot be downloaded ({words}); put {wanted} into {raw}, or name its "
-            f"folder with python dataset.py --raw DIR{pool}"
+            f"folder with --raw DIR{pool}"
         ) from None
 
 
@@ -292,7 +298,7 @@ def find_tiny_imagenet(raw, given):
         part.unlink(missing_ok=True)
         raise Refusal(
             f"Tiny-ImageNet cannot be downloaded ({utils.first_line(error)}); put {file} "
-            f"into {raw}, or name it with python dataset.py --raw FILE"
+            f"into {raw}, or name it with --raw FILE"
         ) from None
     return raw / file
 
@@ -408,7 +414,7 @@ def read_pool(path, side):
         images = content.get("data") if isinstance(content, dict) else None
         where += ": 'data'"
     else:
-        images = utils.load_array(path)
+        images = utils.load_array(path, where)
     check_images(where, images)
     if images.shape[1:3] == (side, side):
         return images
@@ -520,7 +526,8 @@ def prepare(
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
     # os.path: a name that is too long is no error there, just not found
     if given and not os.path.isdir(raw) and not (name == "tiny_imagenet" and os.path.isfile(raw)):
-        raise Refusal(f"--raw {raw}: no such folder, give that of the official files")
+        found = "a file" if os.path.isfile(raw) else "no such folder"
+        raise Refusal(f"--raw {raw}: {found}, give the folder of the official files")
     side = {"tiny_imagenet": 64, "folder": image_size or 32}.get(name, 32)
     pools = [read_pool(path, side) for path in unlabeled or ()]
     origin = ", ".join(map(str, unlabeled or ()))

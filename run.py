@@ -45,7 +45,8 @@ class Run(utils.Record):
         super().__init__(script, args, data, device, prefix)
         self.args, self.folder = args, Path(args.save_dir)
         self.began, self.replaying, self.sums, self.again = time.monotonic(), True, {}, set()
-        config = {key: value for key, value in vars(args).items() if key not in FREE}
+        free = FREE | ({"unlabel_num"} if args.no_teaching else set())
+        config = {key: value for key, value in vars(args).items() if key not in free}
         order = {"--class_order": data.order}  # before the images, whose checksum hangs on it
         inputs = order | {"--data": dataset.fingerprint(data)} | (inputs or {})
         asked = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
@@ -133,12 +134,17 @@ class Run(utils.Record):
         was = self.journal
         self.refuse_other_script(was, asked["script"])
         differing = []
+        choose = ("classifiers", "classes_per_classifier", "no_teaching", "dataset")
+        others = was["inputs"].get("--class_order") != asked["inputs"]["--class_order"]
+        others |= any(was["config"].get(key) != asked["config"][key] for key in choose)
         for kind, words in (
             ("config", "--{} {} (now {})"),
             ("inputs", "{} of content {} (now {})"),
         ):
             for key in {**was[kind], **asked[kind]}:
                 old, new = was[kind].get(key), asked[kind].get(key)
+                if key == "--data" and others:
+                    continue  # its images are others for that alone
                 if old != new:
                     old, new = (
                         ",".join(map(str, each)) if isinstance(each, list) else str(each)

@@ -135,6 +135,11 @@ def lesson(data, args, t):
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else ()
     known = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
     for path in lesson_files(args, t):
+        if not path.exists():
+            raise Refusal(
+                f"--save_data_path {folder}: holds no {path.name}; name the data folder of a run "
+                f"with task {teacher}, or give --no_teaching"
+            )
         if path.name in known and utils.file_checksum(path) != known[path.name]:
             raise Refusal(f"{path}: is not what {sums} says; let the run make it again")
     images, labels, labels_main = map(utils.load_array, lesson_files(args, t))

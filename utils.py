@@ -383,6 +383,8 @@ def settle(args, save_dir, trains=True):
     args: with the number of tasks filled in. save_dir: the default of --save_dir, with {} for the
     data set's name. trains: whether a task is trained, for which the batch must be shared out.
     """
+    if getattr(args, "state", 0) is None:
+        args.state = args.classifiers
     last = getattr(args, "state", args.classifiers)
     if last > args.classifiers:
         raise Refusal(f"--state {last}: there are {args.classifiers} tasks, give 1 to that")
@@ -414,7 +416,7 @@ def add_pruning_flags(flag):
 
 def add_state(flag, words):
     """The flag of main_train and test alike; flag: the add_argument of a group."""
-    flag("--state", type=whole(1), default=5, metavar="t", help=f"{words} (default %(default)s)")
+    flag("--state", type=whole(1), metavar="t", help=f"{words} (default: the last)")
 
 
 def pick_device(name, gpu=0, deterministic=False):
@@ -555,17 +557,23 @@ def save_array(path, array):
     return write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
-def load_array(path):
-    """A plain array from a .npy file. Raises Refusal on anything else; nothing is unpickled."""
+def load_array(path, where=None):
+    """A plain array from a .npy file. Raises Refusal on anything else; nothing is unpickled.
+
+    where: what a Refusal calls the file, if not by its path.
+    """
+    where = where or path
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such file, give a .npy array") from None
+        raise Refusal(f"{where}: no such file, give a .npy array") from None
     except Exception as error:  # a damaged file can raise anything
-        words = f"not a plain .npy array ({first_line(error)}), give another file"
-        raise Refusal(f"{path}: {words}") from None
+        words = first_line(error)
+        if "allow_pickle" in words:  # NumPy takes all that it does not know for a pickle
+            words = "it is of another kind"
+        raise Refusal(f"{where}: not a plain .npy array ({words}), give another file") from None
     if not isinstance(array, np.ndarray):
-        raise Refusal(f"{path}: found an archive, give a plain .npy array")
+        raise Refusal(f"{where}: found an archive, give a plain .npy array")
     return array
 
 
