@@ -268,7 +268,7 @@ def holds_set(name, source):
 
 
 def obtain(args, source, per_class=None, seed=None):
-    """Prepare the set in `source` if it is not there; refuse one made with other wishes."""
+    """Prepare the set in `source` if it is not there. Raises Refusal on one of other wishes."""
     wishes = {
         "per_class": per_class,
         "pool": ", ".join(args.unlabeled) if args.unlabeled else None,
@@ -292,6 +292,12 @@ def obtain(args, source, per_class=None, seed=None):
     made = read_meta(source)
     for key, wish in wishes.items():
         if wish is not None and made.get(key) != wish:
+            if not os.path.exists(source / "meta.json"):  # nobody can get these anew
+                flag = "unlabeled" if key == "pool" else key
+                raise Refusal(
+                    f"--data {source}: holds the published files, which --{flag} does not change; "
+                    f"leave it out, or name another folder"
+                )
             raise Refusal(
                 f"--data {source}: was prepared with {key} {made.get(key)}, not {wish}; "
                 f"delete it or name another"
@@ -377,8 +383,9 @@ def first_shape(arrays):
 def class_order(args, names, total, beside=None):
     """The ids of all classes (or those that a file lists), in the order in which they come.
 
-    names: {id: name}, {} where unknown; total: number of classes. beside: a checkpoint; the order
-    of the run that it lies in holds unless --class_order is given, which may not differ then.
+    Returns a list of int. names: {id: name}, {} where unknown; total: number of classes. beside: a
+    checkpoint; the order of the run that it lies in holds, from which --class_order may not differ
+    if it is given. Raises Refusal.
     """
     order, facts = args.class_order, DATASETS[args.dataset]
     needed = args.classifiers * args.classes_per_classifier
@@ -407,10 +414,13 @@ def class_order(args, names, total, beside=None):
 
 
 def read_order(path, names, total):
-    """The class ids that a file lists, one name or id a line. Raises Refusal."""
+    """The class ids that a file lists, one name or id a line. Raises Refusal.
+
+    What is a name and an id, of another class perhaps, is taken for the name.
+    """
     known = {str(c): c for c in range(total)} | {name: c for c, name in names.items()}
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise Refusal(
             f"--class_order {path}: neither published, sorted, random:SEED nor a file that can be "
@@ -481,8 +491,9 @@ def check_part(source, part, arrays, order, shape):
 def read(name, source, pool=True):
     """Parts, pool and meta of a folder: a prepared set, or the published pickles.
 
-    meta: a dict with names ({id: name}), and mean and std where the set has its own. The pool is
-    None unless it is wanted.
+    Parts: {part: {class id: uint8 [n,H,W,3]}}; pool: uint8 [n,H,W,3], None unless it is wanted;
+    meta: a dict with names ({id: name}), and mean and std where the set has its own. Raises
+    Refusal; check_part() then looks at the arrays themselves.
     """
     if (source / "meta.json").exists():
         return read_prepared(name, source, pool)
@@ -624,11 +635,13 @@ def main(argv=None):
     flag("--seed", type=utils.whole(0), metavar="N", help="of the split (default 0)")
     args = parser.parse_args(argv)
     args.no_teaching = False
-    folder = Path(args.data or f"data/{args.dataset}")
+    folder = set_folder(args)
     if args.dataset == "digits":
         wishes = (args.per_class, args.unlabeled, args.seed, args.raw)
         if any(wish is not None for wish in wishes):
-            raise Refusal("--dataset digits: embedded, leave out all flags but --data")
+            raise Refusal(
+                "--dataset digits: embedded, leave out --per_class, --seed, --raw and --unlabeled"
+            )
     asked = {key: vars(args)[key] for key in ("classifiers", "classes_per_classifier")}
     complete(args)  # what is wrong is told before anything is made
     if args.dataset != "digits":

@@ -149,7 +149,8 @@ def list_files(source):
         paths = (path for path in Path(source).rglob("*") if path.is_file())
         return sorted(path.relative_to(source).as_posix() for path in paths)
     try:
-        return archive(source).namelist()
+        # folders have entries of their own in many archives
+        return [name for name in archive(source).namelist() if not name.endswith("/")]
     except Exception as error:  # a damaged file can raise anything
         words = utils.first_line(error)
         raise Refusal(f"{source}: not a zip archive that can be read ({words})") from None
@@ -168,7 +169,8 @@ def read_text(source, name):
 def decode(source, wanted, side):
     """The images of an archive or folder: {key: names} to {key: uint8 [n,side,side,3]}.
 
-    Several processes decode; a chunk of them is on its way at a time. Raises Refusal.
+    source, names: as in open_file. From FEW images on several processes decode, 32 at a time.
+    Raises Refusal.
     """
     names = [str(name) for own in wanted.values() for name in own]
     images = {key: np.empty((len(own), side, side, 3), np.uint8) for key, own in wanted.items()}
@@ -223,7 +225,8 @@ def images_in(folder, below="*"):
 
 
 # Each reader gives train and test by class, the names of the classes, and the set's own pool: as
-# images uint8 [n,32,32,3] (CIFAR), or as the names of files that are still to be decoded.
+# images uint8 [n,32,32,3] (CIFAR), or as the names of files that are still to be decoded. All raise
+# Refusal.
 
 
 def official(kind, raw, given, is_pool):
@@ -472,11 +475,15 @@ def drop_known(pool, parts):
 
 
 def shuffled(images, seed, *purpose):
+    """The rows of an array (images or their names), in an order from a stream of its own."""
     return images[torch.randperm(len(images), generator=utils.stream(seed, *purpose)).numpy()]
 
 
 def split(images, c, parts, seed, exemplars=EXEMPLARS):
-    """Split the training images of class c 9:1 into train and val; draw exemplars from train."""
+    """Split the training images of class c 9:1 into train and val; draw exemplars from train.
+
+    images: uint8 [n,H,W,3], or their names [n]. parts: {part: {}}, to which class c is added.
+    """
     images = shuffled(images, seed, "split", c)
     held_out = round(len(images) / 10)
     parts["val"][c], parts["train"][c] = images[:held_out], images[held_out:]
@@ -509,7 +516,7 @@ def prepare(
     """
     folder = Path(folder)
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refusal(f"--data {folder}: exists and is not empty; delete it or name another")
+        raise Refusal(f"--data {folder}: exists and is not empty; name another folder")
     given, raw = raw is not None, Path(raw or folder.parent / "raw")
     # os.path: a name that is too long is no error there, just not found
     if given and not os.path.isdir(raw) and not (name == "tiny_imagenet" and os.path.isfile(raw)):
@@ -532,10 +539,10 @@ def prepare(
         train, test, names, own_pool, own_origin = found
         files = None
     few = [c for c in train if len(train[c]) < LEAST]
-    if few and name == "folder":
+    if few and files:
         raise Refusal(
-            f"--source {source}: class {names[few[0]]} has {len(train[few[0]])} training images, "
-            f"give at least {LEAST}"
+            f"{'--source ' if source else ''}{files}: class {names[few[0]]} has "
+            f"{len(train[few[0]])} training images, give at least {LEAST}"
         )
     if empty := [names[c] for c in test if not len(test[c])]:
         raise Refusal(f"{files}: class {empty[0]} has no test image; put some there")
@@ -557,7 +564,7 @@ def prepare(
     meta = {"dataset": name, "names": names, "pool": origin, "per_class": per_class, "seed": seed}
     meta["image_size"] = side
     if name == "folder":
-        meta["source"] = str(source)
+        meta["source"] = str(files)  # without a last slash, as dataset.obtain compares it
         meta["mean"], meta["std"] = mean_and_std(parts["train"].values())
     pool = None
     if pools[0] is None:

@@ -318,7 +318,8 @@ def make_parser(description, save_dir):
 def add_data_flags(flag):
     """What a data set is and where it is from, in dataset.py and all scripts; flag: add_argument.
 
-    The --raw, --source, --image_size and --unlabeled of a prepared set must be those it has.
+    The --source, --image_size and --unlabeled of a prepared set must be those it has; of --raw it
+    has no more use.
     """
     flag(
         "--dataset",

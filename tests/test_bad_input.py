@@ -293,7 +293,7 @@ CASES = [
     ("digits-with-data", "main_CIL.py", "--data set", "--data set"),
     ("digits-with-empty-data", "main_CIL.py", "--data ''", "--data"),
     ("digits-with-raw", "dataset.py", "--dataset digits --raw empty", "--dataset digits"),
-    ("digits-with-per-class", "dataset.py", "--dataset digits --per_class 20", "--dataset digits"),
+    ("digits-with-per-class", "dataset.py", "--dataset digits --per_class 20", "out --per_class"),
     ("digits-prepared-in-a-folder", "dataset.py", "--dataset digits --data new", "--data new"),
     ("state-above-the-tasks-test", "test.py", "--pretrained dense.pt --state 4", "--state 4"),
     ("state-above-the-tasks-train", "main_train.py", TICKET + "--state 4", "--state 4"),

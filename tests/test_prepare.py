@@ -94,6 +94,14 @@ def write_tree(files, folder="."):
         path.write_bytes(content)
 
 
+def test_entries_of_folders_in_an_archive_are_no_images():
+    files = tiny_files()
+    folders = {f"{parent}/": b"" for name in files for parent in list(Path(name).parents)[:-1]}
+    assert "tiny-imagenet-200/train/n01/images/" in folders
+    write_zip({f"inner/{name}": content for name, content in (folders | files).items()})
+    check_tiny(dataset.main([*TINY, "--raw", "tiny.zip"]), files)
+
+
 def check_tiny(data, files):
     """All images are where they belong, as Pillow decodes them."""
     root = "tiny-imagenet-200/"
@@ -230,6 +238,14 @@ def test_fewer_classes_than_asked_for_are_told():
     call = [*TINY[:4], "--classifiers", "2", "--classes_per_classifier", "3"]
     refused(lambda: load(*call), "--classifiers 2", "4 classes")
     assert load(*TINY[:4], "--classifiers", "1", "--classes_per_classifier", "3").order
+
+
+def test_a_class_of_tiny_imagenet_with_few_images_is_refused():
+    """With less than five none would be left for val, and the set could not be read."""
+    write_zip(tiny_files(per_class=4))
+    before = tree()
+    refused(lambda: dataset.main([*TINY, "--raw", "tiny.zip"]), "tiny.zip", "class n01", "10")
+    assert tree() == before
 
 
 def test_a_process_that_is_ended_from_outside_is_told(monkeypatch):
@@ -501,6 +517,14 @@ def test_a_script_prepares_a_folder_by_itself():
     assert len(load("--dataset", "folder").pool) == 1
 
 
+@pytest.mark.parametrize("script", [dataset.main, lambda argv: load(*argv)], ids=["main", "load"])
+@pytest.mark.parametrize("name", ["mine/", "./mine", "mine//"])
+def test_a_source_may_be_spelled_otherwise(script, name):
+    image_folder(pool=1)
+    for source in (name, "mine", name):
+        assert len(script([*FOLDER, "--source", source]).pool) == 1
+
+
 @pytest.mark.parametrize("argv", ["--dataset folder", "--dataset folder --data set"])
 def test_a_folder_that_is_not_named_is_asked_for(argv):
     for script in (load, lambda *argv: dataset.main(argv)):
@@ -676,6 +700,19 @@ def test_an_npz_pool_may_not_become_any_size(official, monkeypatch):  # noqa: F8
     refused(lambda: dataset.main([*CIFAR, "pool.npz"]), "pool.npz", "GiB")
 
 
+@pytest.mark.parametrize("flags", ["--unlabeled pool.npy", "--per_class 10", "--seed 1"])
+def test_flags_of_preparing_do_not_go_with_published_files(flags):
+    """Nobody is told to delete those, which can no longer be had."""
+    as_npy()
+    test_dataset.published()
+    before = tree()
+    with pytest.raises(Refusal) as refusal:
+        dataset.main(["--data", "published", *flags.split()])
+    assert flags.split()[0] in str(refusal.value)
+    assert "delete" not in str(refusal.value)
+    assert tree() == before
+
+
 def test_a_hostile_pickle_pool_is_refused(official):  # noqa: F811
     Path("pool.pkl").write_bytes(test_dataset.calling("os", "system", "touch done"))
     before = tree()
@@ -722,8 +759,9 @@ def test_the_order_may_stand_in_a_file(tmp_path):
     flags = ["--dataset", "digits", "--class_order", "order.txt"]
     args = args_of(*flags, "--classifiers", "3")
     assert dataset.class_order(args, {0: "zero", 2: "7", 7: "2"}, 10) == [2, 3, 0, 5, 1, 7]
-    Path("order.txt").write_text("7\n3\n")
-    assert load(*flags, "--classifiers", "1").order == [7, 3]
+    for mark in ("", "\ufeff"):  # editors of Windows put that before a text
+        Path("order.txt").write_text(f"{mark}7\n3\n", "utf-8")
+        assert load(*flags, "--classifiers", "1").order == [7, 3]
 
 
 @pytest.mark.parametrize(
