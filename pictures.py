@@ -186,13 +186,13 @@ def logarithmic(axis):
 
 def paper_curves(groups):
     """{TR-BU, TD: {density, accuracy}} of the paper's Figure 4 where that is of this data set."""
-    sets = {
-        (one["dataset"], one["classifiers"], one["flags"].get("classes_per_classifier"))
-        for one in groups
-    }
-    if len(sets) > 1 or sets - {("cifar10", 5, 2), ("cifar100", 10, 10)}:
-        return {}
-    curves = json.loads(FIGURE4.read_text())[sets.pop()[0]]
+    shown = {"cifar10": (5, 2), "cifar100": (10, 10)}
+    dataset, *others = {one["dataset"] for one in groups}
+    for one in groups:
+        shape = one["classifiers"], one["flags"].get("classes_per_classifier")
+        if others or shape != shown.get(dataset):
+            return {}
+    curves = json.loads(FIGURE4.read_text())[dataset]
     return {name: curves[name] for name in ("TR-BU", "TD")}
 
 
