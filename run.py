@@ -133,19 +133,23 @@ class Run(utils.Record):
         """Refuse to go on with other settings than the run has."""
         was = self.journal
         self.refuse_other_script(was, asked["script"])
-        differing = []
-        choose = ("classifiers", "classes_per_classifier", "no_teaching", "dataset")
-        others = was["inputs"].get("--class_order") != asked["inputs"]["--class_order"]
-        others |= any(was["config"].get(key) != asked["config"][key] for key in choose)
+        differing, skip = [], set()
+        if asked["config"]["no_teaching"]:
+            skip.add("unlabel_num")  # nothing is queried
+        for kind, key in (
+            ("inputs", "--class_order"),
+            ("config", "classifiers"),
+            ("config", "no_teaching"),
+        ):
+            if was[kind].get(key) != asked[kind][key]:
+                skip.add("--data")  # its images are others for that alone
         for kind, words in (
             ("config", "--{} {} (now {})"),
             ("inputs", "{} of content {} (now {})"),
         ):
             for key in {**was[kind], **asked[kind]}:
                 old, new = was[kind].get(key), asked[kind].get(key)
-                if key == "--data" and others:
-                    continue  # its images are others for that alone
-                if old != new:
+                if old != new and key not in skip:
                     old, new = (
                         ",".join(map(str, each)) if isinstance(each, list) else str(each)
                         for each in (old, new)
