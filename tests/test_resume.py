@@ -365,7 +365,7 @@ def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_
         ("--decreasing_lr 60,80", ["--decreasing_lr 1 (now 60,80)"]),
         (
             "--classes_per_classifier 1",
-            ["--classes_per_classifier 2 (now 1)", "--class_order of", "--data of"],
+            ["--classes_per_classifier 2 (now 1)", "--class_order of"],
         ),
         ("--precision bf16", ["--precision fp32 (now bf16)"]),
         ("--deterministic", ["--deterministic False (now True)"]),
@@ -389,6 +389,16 @@ def test_flags_that_change_no_result_may_differ(scripts, finished):
     flags = "--save_dir moved --print_freq 3 --gpu 1 --device cpu --checkpoint_seconds 7"
     ended = scripts.run([*TD, *flags.split()], finished)
     assert ended.status == 0 and "goes on after result_test" in ended.out
+
+
+def test_without_teaching_the_number_of_queried_images_may_differ(args, data, run):
+    args.no_teaching, args.overwrite = True, True
+    Run("test", args, data, torch.device("cpu"))
+    args.unlabel_num, args.overwrite = 7, False
+    Run("test", args, data, torch.device("cpu"))
+    args.no_teaching = False
+    with pytest.raises(utils.Refusal, match="--unlabel_num None .now 7., --no_teaching True"):
+        Run("test", args, data, torch.device("cpu"))
 
 
 def test_other_images_are_noticed(args, data, run):
