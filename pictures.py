@@ -197,8 +197,9 @@ def paper_curves(groups):
 
 
 def matrix(groups):
-    """Accuracy of each task after each task, a panel for each group that has seen several."""
-    shown = [one for one in groups if one["control"] == "none" and len(one["accuracy"]) > 1]
+    """Accuracy of each task after each task, a panel for each group that goes through several."""
+    shown = [one for one in groups if one["script"] not in ("main_train", "test")]
+    shown = [one for one in shown if len(one["accuracy"]) > 1]
     if not shown:
         return None
     tasks = max(one["classifiers"] for one in shown)

@@ -355,6 +355,18 @@ def test_picture_of_the_matrix_is_the_mean_over_seeds(tmp_path):
     assert panel.get_title() == "dense, n = 2"
 
 
+def test_the_matrix_is_of_runs_through_several_tasks(tmp_path):
+    """Tickets trained anew begin each from other weights: they make no matrix."""
+    run = bottom_up(tmp_path / "BU")
+    retrained(run, 0, [90.0, 70.0])
+    first = {"state": 1, "accuracy": [90.0], "density": 8.0}
+    paths = {"weight": "task0_best_model.pt", "mask": "mask-1.pt"}
+    write(run, "main_train", [first], "retrain_task1_results.json", seed=0, state=1, **paths)
+    figure = pictures.matrix(groups_of(run))
+    titles = [axes.get_title() for axes in figure.axes if axes.images]
+    assert titles == ["BU, n = 1"]
+
+
 def test_picture_of_layers(tmp_path):
     figure = pictures.layers(
         groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[9.0]]))
