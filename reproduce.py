@@ -24,10 +24,12 @@ from main_train import CONTROLS
 from utils import Refusal
 
 HERE = Path(__file__).parent
+
 # What makes the reduced protocol small: 540 training images a class, a narrow network, 7 epochs.
 # The batches stay as large as published: with smaller ones, of which BatchNorm sees but a few new
-# images apart, the newest classes were hardly ever told right (README). In bottom-up pruning, one of 36 % stands for two of 20 %, and the least sparsity is such that task
-# 1's ticket is of 2.81 % = 0.8^16 at most, as in the paper's Figure 4.
+# images apart, the newest classes were hardly ever told right (README). In bottom-up pruning, one
+# of 36 % stands for two of 20 %, and the least sparsity is such that task 1's ticket is of
+# 2.81 % = 0.8^16 at most, as in the paper's Figure 4.
 DATA = "--per_class 600"
 TRAIN = "--width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256"
 PRUNE = "--iter_epochs 1"
