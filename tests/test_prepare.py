@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -246,6 +247,22 @@ def test_a_class_of_tiny_imagenet_with_few_images_is_refused():
     before = tree()
     refused(lambda: dataset.main([*TINY, "--raw", "tiny.zip"]), "tiny.zip", "class n01", "10")
     assert tree() == before
+
+
+def noted(source, name, side):
+    """In the place of prepare.picture: leaves a file for the process that it runs in."""
+    (Path(source) / str(os.getpid())).touch()
+    time.sleep(0.01)
+    return np.full((side, side, 3), int(name), np.uint8)
+
+
+def test_more_than_one_process_decodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "FEW", 0)
+    monkeypatch.setattr(prepare, "picture", noted)
+    found = prepare.decode(tmp_path, {"pool": np.arange(128).astype(str)}, 2)["pool"]
+    assert found[:, 0, 0, 0].tolist() == [*range(128)]
+    processes = {int(path.name) for path in tmp_path.iterdir()}
+    assert len(processes) > 1 and os.getpid() not in processes
 
 
 def test_a_process_that_is_ended_from_outside_is_told(monkeypatch):
