@@ -42,7 +42,7 @@ demo/TR.done: demo/BU.done
 	@touch $@
 
 reproduce: | $(VENV)/installed
-	$(RUN) reproduce.py $(if $(FULL),--full) $(FLAGS)
+	$(RUN) reproduce.py $(if $(filter 1,$(FULL)),--full) $(FLAGS)
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q

@@ -54,16 +54,17 @@ def take_control(model, masks, args, device):
     """Put the model, dense with the weights W, under the masks, as the --control wants it.
 
     Returns the masks that it is under then; an empty dict is dense. What each control keeps, and
-    which claim about the ticket it tests:
+    which claim about the ticket it tests. (The sources train from an initialisation. W here is what
+    earlier tasks have taught, and a control that moves the mask or the weights loses some of that
+    too, reinit all of it.)
 
     random_mask      the number of weights. Is it the mask, or would any of its density do? (the
-                     random sparse networks of Frankle & Carbin 2019)
+                     random sparse networks of Frankle & Carbin 2019; Frankle et al. 2021)
     shuffle_mask     the number in each layer. Is it which weights remain, or only how many in
                      which layer? (Su et al. 2020; Frankle et al. 2021)
     reinit           the mask, on a network that is wholly new, BatchNorm and heads too. Do the
-                     weights matter that the ticket starts from? Here they also carry what earlier
-                     tasks taught. (Frankle & Carbin 2019; a winning ticket must beat it: Ma et
-                     al. 2021)
+                     weights matter that the ticket starts from? (Frankle & Carbin 2019; Frankle
+                     et al. 2021; a winning ticket must beat it: Ma et al. 2021)
     shuffle_weights  the mask, and each layer's distribution of weights. Does it matter which
                      weight stands where? (Su et al. 2020)
     dense            W without a mask. Does the ticket do as well as the whole network? (Frankle &

@@ -37,7 +37,7 @@ CONTROLS = {
     "none": "the ticket",
     "random_mask": "random mask",
     "shuffle_mask": "shuffled mask",
-    "reinit": "new weights",
+    "reinit": "new network",
     "shuffle_weights": "shuffled weights",
     "dense": "dense, no mask",
 }

@@ -187,8 +187,8 @@ def decode(source, wanted, side):
             return images
         # fork where it is safe: others would import PyTorch once more in each process
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        with ProcessPoolExecutor(max(2, min(8, cores)), context, start_worker) as workers:
+        count = max(2, min(8, utils.cores()))
+        with ProcessPoolExecutor(count, context, start_worker) as workers:
             try:
                 for row, image in zip(rows, workers.map(one, names, chunksize=32)):
                     row[:] = image

@@ -51,7 +51,7 @@ def read(folder):
             check(run)
             run |= {"first": runs[0], "place": os.path.realpath(folder)}
             run["flags"] = flags_of(run, runs[0])
-            setting = [run["script"], run["flags"], run.get("class_order")]
+            setting = [run["script"], run["flags"], run.get("class_order"), run.get("images")]
             run["setting"] = json.dumps(setting, sort_keys=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Refusal(
@@ -298,7 +298,8 @@ def cell(values, decimals, seeds):
 # ------------------------------------------------------------------------------ the report
 
 ABOUT = """Test accuracy in percent, the mean over the tasks so far, after each task; density: the
-weights that remain in percent, of the last ticket. Mean ± standard deviation (n - 1) over seeds."""
+weights that remain in percent, of the last ticket. Mean ± standard deviation (n - 1) over seeds.
+BU's accuracy after a task is under the ticket that it came with, before that task's re-growth."""
 ABOUT_CONTROLS = """Tickets trained anew (main_train.py) beside what was trained in their place, on
 the same task; the difference is to the ticket of the same seed, in percentage points."""
 

@@ -11,6 +11,7 @@ side by side, in DIR/results.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ HERE = Path(__file__).parent
 # of 36 % stands for two of 20 %, and the least sparsity is such that task 1's ticket is of
 # 2.81 % = 0.8^16 at most, as in the paper's Figure 4.
 DATA = "--per_class 600"
-TRAIN = "--width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256"
+TRAIN = "--device cpu --width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256"
 PRUNE = "--iter_epochs 1"
 BOTTOM_UP = "--percent 0.36 --max_iter_prun 13 --base_sparsity 97.5"
 # of both protocols
@@ -47,28 +48,33 @@ def parse(argv):
     flag("--out", type=utils.place, metavar="DIR", help="default reproduce, or reproduce_full")
     flag("--data", type=utils.place, metavar="DIR", help="prepared set (default: made in DIR/data)")
     flag("--raw", type=utils.place, metavar="PATH", help="official files, as in dataset.py")
-    flag("--unlabeled", nargs="+", metavar="PATH", help="pool, as in dataset.py")
+    words = "pool, as in dataset.py"
+    flag("--unlabeled", nargs="+", type=utils.place, metavar="PATH", help=words)
     words = "runs at once, which share the cores (default: one a core; 1 with --full)"
     flag("--jobs", type=utils.whole(1, 64), metavar="N", help=words)
     args = parser.parse_args(argv)
     args.out = Path(args.out or ("reproduce_full" if args.full else "reproduce"))
     args.data = args.data or str(args.out / "data")
-    args.jobs = args.jobs or (1 if args.full else os.cpu_count())
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    if not args.seeds:
+        raise Refusal("--seeds: found none, give some, as in 0,1,2")
+    chains = 4 * len(args.seeds)  # see plan(): more than these cannot run at once
+    args.jobs = args.jobs or (1 if args.full else min(utils.cores(), chains))
     return args
 
 
 def plan(args):
     """Chains of (name, command): those of a chain in their order, the chains in any."""
     small = not args.full
-    common = f"--data {args.data} {TRAIN * small}"
+    common, out = f"--data {shlex.quote(args.data)} {TRAIN * small}", shlex.quote(str(args.out))
 
     def run(script, seed, name, flags=""):
-        folder = f"--save_dir {args.out}/seed{seed}/{name}"
-        return f"seed{seed}/{name}", f"{script}.py {common} --seed {seed} {folder} {flags}".split()
+        flags = f"{common} --seed {seed} --save_dir {out}/seed{seed}/{name} {flags}"
+        return f"seed{seed}/{name}", shlex.split(f"{script}.py {flags}")
 
     def tickets(seed, name, controls):
-        """The run of main_BU in this folder, and its tickets trained anew."""
-        folder = f"{args.out}/seed{seed}/{name}"
+        """The tickets of a run of main_BU, trained anew in its folder, and their controls."""
+        folder = f"{out}/seed{seed}/{name}"
         for t in TICKETS:
             ticket = f"--weight {folder}/task{t - 1}_best_model.pt --mask {folder}/mask-{t}.pt"
             for control in controls:
@@ -91,14 +97,12 @@ def plan(args):
 
 
 def prepare(args):
-    """Make the data set of the protocol where there is none."""
-    if Path(args.data).exists():
-        return
+    """Make the data set of the protocol, or see that what is there is the one asked for."""
     command = ["dataset.py", "--data", args.data, *(DATA * (not args.full)).split()]
     command += ["--raw", args.raw] if args.raw else []
     command += ["--unlabeled", *args.unlabeled] if args.unlabeled else []
     if subprocess.call(python(command)):
-        raise Refusal(f"--data {args.data}: was not made, see above")
+        raise Refusal(f"--data {args.data}: cannot be used, see above")
 
 
 def python(command):
@@ -111,12 +115,13 @@ def go(chain, args, stop, running):
 
     stop: a threading.Event that ends it before the next run; running: a set of the processes.
     """
-    cores = max(1, os.cpu_count() // args.jobs)
+    cores = max(1, utils.cores() // args.jobs)
     environment = {"OMP_NUM_THREADS": str(cores)} | os.environ
     for name, command in chain:
         log = args.out / "logs" / (name.replace("/", "_") + ".txt")
         done, asked, began = log.with_suffix(".done"), " ".join(command), time.monotonic()
-        if stop.is_set() or done.exists() and done.read_text() == asked:
+        there = Path(command[command.index("--save_dir") + 1]).exists()
+        if stop.is_set() or there and done.exists() and done.read_text() == asked:
             continue
         print(f"{name}: begins", flush=True)
         with open(log, "a") as file:
@@ -130,7 +135,7 @@ def go(chain, args, stop, running):
         if status:
             *_, last = ["", *filter(str.strip, lines)]
             raise Refusal(f"{log}: ends with status {status}: {last}")
-        utils.save_text(done, asked)
+        done.write_text(asked)  # half-written, it is not what is asked, and nothing is lost
         *_, state = ["", *(line for line in lines if line.startswith("state"))]
         print(f"{name}: {time.monotonic() - began:.0f} s, {state}", flush=True)
 
@@ -138,7 +143,8 @@ def go(chain, args, stop, running):
 def collect(args):
     """Copy the records of all runs to DIR/results, and let report.py set them side by side."""
     folders = set()
-    for path in sorted(args.out.glob("seed*/*/*results.json")):
+    found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
+    for path in sorted(found):
         copy = args.out / "results" / path.relative_to(args.out)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -150,13 +156,17 @@ def collect(args):
 
 def main(argv=None):
     args = parse(argv)
-    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        words = f"cannot be written ({utils.first_line(error)}); name another folder"
+        raise Refusal(f"--out {args.out}: {words}") from None
     prepare(args)
     chains = plan(args)
     stop, running = threading.Event(), set()
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(go, chain, args, stop, running) for chain in chains]
         try:
+            futures = [pool.submit(go, chain, args, stop, running) for chain in chains]
             for future in as_completed(futures):
                 future.result()
         except BaseException:  # a run that failed, or a signal: the others store what they have

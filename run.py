@@ -48,7 +48,8 @@ class Run(utils.Record):
         free = FREE | ({"unlabel_num"} if args.no_teaching else set())
         config = {key: value for key, value in vars(args).items() if key not in free}
         order = {"--class_order": data.order}  # before the images, whose checksum hangs on it
-        inputs = order | {"--data": dataset.fingerprint(data)} | (inputs or {})
+        self.results["images"] = dataset.fingerprint(data)
+        inputs = order | {"--data": self.results["images"]} | (inputs or {})
         asked = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
         journal, results = (self.path(prefix + name) for name in ("run.json", "results.json"))
         if results.exists() and not journal.exists() and not args.overwrite:
@@ -133,8 +134,10 @@ class Run(utils.Record):
         """Refuse to go on with other settings than the run has."""
         was = self.journal
         self.refuse_other_script(was, asked["script"])
+        if "control" in asked["config"]:
+            was["config"].setdefault("control", "none")  # a ticket of before the flag
         differing, skip = [], set()
-        if asked["config"]["no_teaching"]:
+        if asked["config"]["no_teaching"] or was["config"].get("no_teaching"):
             skip.add("unlabel_num")  # nothing is queried
         for kind, key in (
             ("inputs", "--class_order"),

@@ -419,6 +419,13 @@ def add_state(flag, words):
     flag("--state", type=whole(1), metavar="t", help=f"{words} (default: the last)")
 
 
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def pick_device(name, gpu=0, deterministic=False):
     """The torch.device for --device `name`. Raises Refusal where there is no such device.
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -202,7 +203,14 @@ def test_controls_and_ticket_live_in_one_folder(trained, tmp_path):
     repeated, start = trained()
     assert start is None and repeated == ticket  # it was done, nothing was trained
     stored = json.loads((tmp_path / "out" / "retrain_task1_results.json").read_text())
-    assert stored["states"] == ticket["states"] != control["states"]
+    assert stored["states"] == ticket["states"]
+    best = [
+        tmp_path / "out" / f"retrain_task1{name}_best_model.pt" for name in ("", "_shuffle_mask")
+    ]
+    masks = [pruning_utils.load_masks(path) for path in best]
+    assert counts(masks[0]) == counts(masks[1])
+    assert not all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert control["config"]["control"] == "shuffle_mask"
 
 
 # ------------------------------------------------------------------------------ reproduce.py
@@ -240,7 +248,8 @@ def chain_of(tmp_path, *codes):
     (tmp_path / "logs").mkdir(exist_ok=True)
     for number, code in enumerate(codes):
         (tmp_path / f"{number}.py").write_text(code)
-    return [(f"seed0/{n}", [str(tmp_path / f"{n}.py"), "x"]) for n in range(len(codes))]
+    folder = ["--save_dir", str(tmp_path)]
+    return [(f"seed0/{n}", [str(tmp_path / f"{n}.py"), *folder]) for n in range(len(codes))]
 
 
 @pytest.fixture
@@ -270,13 +279,63 @@ def test_reproduce_copies_the_records_and_reports(tmp_path, monkeypatch):
     (folder / "results.json").write_text("{}")
     (folder / "retrain_task3_results.json").write_text("{}")
     (folder / "task1_best_model.pt").write_text("")
+    begun = tmp_path / "out" / "seed2" / "CIL"
+    begun.mkdir(parents=True)
+    (begun / "results.json").write_text("{}")  # of a seed that is not asked for
     called = []
     monkeypatch.setattr(reproduce.subprocess, "call", lambda c: called.append(c) or 0)
     monkeypatch.setattr(reproduce, "plan", lambda args: [])
-    (tmp_path / "data").mkdir()
-    reproduce.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")])
+    monkeypatch.setattr(reproduce, "prepare", lambda args: None)
+    reproduce.main(["--out", str(tmp_path / "out"), "--seeds", "1"])
     copies = tmp_path / "out" / "results"
     found = sorted(str(p.relative_to(copies)) for p in copies.rglob("*.*"))
     assert found == ["seed1/CIL/results.json", "seed1/CIL/retrain_task3_results.json"]
     report = [sys.executable, str(reproduce.HERE / "report.py"), str(copies / "seed1" / "CIL")]
     assert called == [[*report, "--out", str(copies)]]
+
+
+def test_a_run_that_fails_ends_the_others(tmp_path, monkeypatch):
+    begin = "import pathlib, time\npathlib.Path(__file__ + '.began').touch()\n"
+    wait = f"while not pathlib.Path({str(tmp_path / '1.py.began')!r}).exists(): time.sleep(0.01)\n"
+    chain = chain_of(
+        tmp_path, wait.join([begin, "raise SystemExit('no')"]), begin + "time.sleep(99)"
+    )
+    monkeypatch.setattr(reproduce, "plan", lambda args: [[chain[0]], [chain[1], chain[0]]])
+    monkeypatch.setattr(reproduce, "prepare", lambda args: None)
+    began = time.monotonic()
+    with pytest.raises(utils.Refusal, match="seed0_0.txt: ends with status 1: no"):
+        reproduce.main(["--out", str(tmp_path), "--jobs", "2"])
+    assert time.monotonic() - began < 60
+    assert not [*tmp_path.glob("logs/*.done")]
+
+
+def test_places_may_have_spaces():
+    args = reproduce.parse(["--out", "my runs", "--data", "my set"])
+    for chain in reproduce.plan(args):
+        for _, command in chain:
+            assert command[command.index("--data") + 1] == "my set"
+            assert command[command.index("--save_dir") + 1].startswith("my runs/seed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--seeds", ""], "--seeds"), (["--out", "file"], "--out file"), (["--jobs", "0"], "--jobs")],
+)
+def test_bad_input_of_reproduce_is_one_line(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.Refusal, match=words) as refused:
+        reproduce.main(flags)
+    assert "\n" not in str(refused.value)
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("control", ["none", "shuffle_mask", "reinit"])
+def test_a_later_task_is_trained_with_the_lessons_of_the_run(tmp_path, few_digits, control):
+    tiny = [*TINY, "--unlabel_num", "2", "--save_dir", str(tmp_path)]
+    main_BU.main([*tiny, "--iter_epochs", "1", "--max_iter_prun", "2"])
+    ticket = ["--weight", str(tmp_path / "task1_best_model.pt"), "--state", "2"]
+    ticket += ["--mask", str(tmp_path / "mask-2.pt"), "--control", control]
+    (row,) = main_train.main([*tiny, *ticket])["states"]
+    assert row["density"] == pruning_utils.density(pruning_utils.load_masks(tmp_path / "mask-2.pt"))
+    assert len(row["accuracy"]) == 2

@@ -100,6 +100,14 @@ def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
     assert [len(one["seeds"]) for one in groups] == [1, 1]
 
 
+def test_runs_on_other_images_are_another_setting(tmp_path):
+    folders = [dense(tmp_path / str(seed), seed, [[90.0]]) for seed in range(3)]
+    for folder, images in zip(folders, ("abc", "abc", "def")):
+        path = tmp_path / folder.name / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"images": images}))
+    assert [[*one["seeds"]] for one in groups_of(*folders)] == [[0, 1], [2]]
+
+
 def test_one_folder_given_twice_counts_once(tmp_path, capsys, no_pictures):
     folder = dense(tmp_path / "run", 0, [[90.0], [80.0, 60.0]])
     report.main([str(folder), f"{folder}/../run", "--out", str(tmp_path / "out")])
@@ -187,7 +195,7 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     report.main([*runs, "--out", str(tmp_path / "out")])
     told = (tmp_path / "out" / "report.md").read_text()
     wanted = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
-    row = [cell.strip() for cell in told.splitlines()[5].strip("| ").split("|")]
+    row = [cell.strip() for cell in told.splitlines()[6].strip("| ").split("|")]
     assert row == [*wanted, "100.00 ± 0.00"]
     assert all(f"- {name}: " in told for name in utils.DEFINITIONS)
     assert told.splitlines()[5] in capsys.readouterr().out
@@ -423,7 +431,7 @@ def test_picture_of_controls(tmp_path):
         retrained(folder, seed, [50.0, 50.0], "reinit")
     figure = pictures.controls(groups_of(tmp_path / "BU0", tmp_path / "BU1"))
     (panel,) = figure.axes
-    assert [text.get_text() for text in panel.get_yticklabels()] == ["the ticket", "new weights"]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["the ticket", "new network"]
     ticket, control = panel.containers
     assert ticket.lines[0].get_xdata()[0] == 65 and control.lines[0].get_xdata()[0] == 50
     dots = [line for line in panel.get_lines() if line.get_marker() == "."]
