@@ -198,7 +198,7 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     row = [cell.strip() for cell in told.splitlines()[6].strip("| ").split("|")]
     assert row == [*wanted, "100.00 ± 0.00"]
     assert all(f"- {name}: " in told for name in utils.DEFINITIONS)
-    assert told.splitlines()[5] in capsys.readouterr().out
+    assert told.splitlines()[6] in capsys.readouterr().out
     assert "controls" not in told and not (tmp_path / "out" / "controls.csv").exists()
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         (row,) = csv.DictReader(file)
