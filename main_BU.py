@@ -22,40 +22,16 @@ def parse(argv):
     parser = utils.make_parser(__doc__, "BU_<dataset>")
     flag = parser.add_argument_group("bottom-up pruning").add_argument
     utils.add_pruning_flags(flag)
-    flag(
-        "--deacc",
-        type=utils.any_number,
-        default=2,
-        metavar="POINTS",
-        help="accuracy that a pruned model may lose, in percentage points (default %(default)s)",
-    )
-    flag(
-        "--accept_decay",
-        type=utils.any_number,
-        default=1,
-        metavar="POINTS",
-        help="points below the dense model at which the mask re-grows (default %(default)s)",
-    )
-    flag(
-        "--max_iter_prun",
-        type=utils.whole(1),
-        default=26,
-        metavar="N",
-        help="most prunings of a task (default %(default)s)",
-    )
-    flag(
-        "--base_sparsity",
-        type=utils.percentage,
-        default=90,
-        metavar="PERCENT",
-        help="least sparsity at which the prunings may stop (default %(default)s)",
-    )
-    flag(
-        "--select_on",
-        choices=("test", "val"),
-        default="test",
-        help="images that tickets are chosen on: test (published, default) or val (the sound one)",
-    )
+    words = "accuracy that a pruned model may lose, in percentage points (default %(default)s)"
+    flag("--deacc", type=utils.any_number, default=2, metavar="POINTS", help=words)
+    words = "points below the dense model at which the mask re-grows (default %(default)s)"
+    flag("--accept_decay", type=utils.any_number, default=1, metavar="POINTS", help=words)
+    words = "most prunings of a task (default %(default)s)"
+    flag("--max_iter_prun", type=utils.whole(1), default=26, metavar="N", help=words)
+    words = "least sparsity at which the prunings may stop (default %(default)s)"
+    flag("--base_sparsity", type=utils.percentage, default=90, metavar="PERCENT", help=words)
+    words = "images that tickets are chosen on: test (published, default) or val (the sound one)"
+    flag("--select_on", choices=("test", "val"), default="test", help=words)
     args = parser.parse_args(argv)
     dataset.complete(args)
     utils.settle(args, "BU_{}")
@@ -144,10 +120,11 @@ def take_ticket(run, t, find, *where):
 def stay_or_regrow(model, task, data, run, dense_accuracy, accuracy, current):
     """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow."""
     cost = dense_accuracy - accuracy
-    stays = cost < run.args.accept_decay
-    verdict = "stays" if stays else "re-grows"
-    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it {verdict}")
-    return (current, None, []) if stays else regrow(model, task, data, run, dense_accuracy, current)
+    if cost < run.args.accept_decay:
+        run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
+        return current, None, []
+    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
+    return regrow(model, task, data, run, dense_accuracy, current)
 
 
 def main(argv=None):

@@ -19,8 +19,6 @@ import utils
 from run import Run
 from trainer import make_model, test, train_task
 
-CONTROLS = ("none", "random_mask", "shuffle_mask", "reinit", "shuffle_weights", "dense")
-
 
 def parse(argv):
     parser = utils.make_parser(__doc__, "BU_<dataset>")
@@ -37,7 +35,7 @@ def parse(argv):
     utils.add_state(flag, "task to train")
     flag(
         "--control",
-        choices=CONTROLS,
+        choices=utils.CONTROLS,
         default="none",
         help="train in place of the ticket (none, default): random_mask, a mask of its density "
         "anywhere; shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "

@@ -32,15 +32,6 @@ STYLES = {
 }
 TICKETS = ("main_TD", "main_BU", "main_train")
 LINES = ["-", "--", "-.", ":"]
-# what main_train trains in a ticket's place, see main_train.take_control
-CONTROLS = {
-    "none": "the ticket",
-    "random_mask": "random mask",
-    "shuffle_mask": "shuffled mask",
-    "reinit": "new network",
-    "shuffle_weights": "shuffled weights",
-    "dense": "dense, no mask",
-}
 FIGURE4 = Path(__file__).parent / "data" / "figure4.json"
 OPTIONS = {
     "font.size": 9,
@@ -354,7 +345,7 @@ def controls(groups):
     shown = [one for one in trained if one["ticket"] in settings]
     if not shown:
         return None
-    kinds = [kind for kind in CONTROLS if any(one["control"] == kind for one in shown)]
+    kinds = [kind for kind in utils.CONTROLS if any(one["control"] == kind for one in shown)]
     tasks = sorted({task for one in shown if one["control"] != "none" for task in one["accuracy"]})
     size = (
         8 if len(settings) < 3 else 2.8 * len(settings),
@@ -385,7 +376,7 @@ def controls(groups):
             count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
             label = f"{own[0]['label']}, " * (len(settings) > 1) if own else ""
             axes.set_title(f"{label}task {task}, n = {count}", loc="left")
-            axes.set_yticks(range(len(kinds)), [CONTROLS[kind] for kind in kinds])
+            axes.set_yticks(range(len(kinds)), [utils.CONTROLS[kind] for kind in kinds])
             axes.set_ylim(len(kinds) - 0.5, -0.5)
             axes.grid(axis="x")
         column[-1].set_xlabel("test accuracy, all tasks so far (%)")

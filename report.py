@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pictures
 import utils
-from pictures import CONTROLS
 from run import FREE
 from utils import Refusal
 
@@ -75,7 +74,7 @@ def check(run):
 
     script, config, states = run["script"], run["config"], run["states"]
     tasks = config["classifiers"]
-    need(script in NAMES and config.setdefault("control", "none") in CONTROLS)
+    need(script in NAMES and config.setdefault("control", "none") in utils.CONTROLS)
     whole(tasks, 1, 1000)
     whole(config["width"], 1, 4096)
     whole(config.setdefault("seed", 0), 0, 2**63)
@@ -247,7 +246,7 @@ def control_table(groups):
         own = {one["control"]: one for one in trained if one["ticket"] == ticket}
         base = own["none"]["accuracy"] if "none" in own else {}
         for task in sorted(set().union(*(one["accuracy"] for one in own.values()))):
-            for control in CONTROLS:
+            for control in utils.CONTROLS:
                 accuracy = own[control]["accuracy"].get(task) if control in own else None
                 if accuracy:
                     pair = {} if control == "none" else base.get(task, {})
@@ -255,7 +254,7 @@ def control_table(groups):
                     found = [("accuracy", [*accuracy.values()], 1)]
                     found.append(("density", [*own[control]["density"][task].values()], 2))
                     found.append(("minus the ticket", less, 1))
-                    texts = [own[control]["label"], str(task), CONTROLS[control]]
+                    texts = [own[control]["label"], str(task), utils.CONTROLS[control]]
                     rows.append((texts, len(accuracy), found))
     return ["ticket of", "task", "trained"], rows
 

@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import utils
-from main_train import CONTROLS
 from utils import Refusal
 
 HERE = Path(__file__).parent
@@ -86,7 +85,7 @@ def plan(args):
     chains = []
     for seed in args.seeds:
         chosen = run("main_BU", seed, "BU", select + "val")
-        chains.append([chosen, *tickets(seed, "BU", CONTROLS)])
+        chains.append([chosen, *tickets(seed, "BU", utils.CONTROLS)])
         top_down = run("main_TD", seed, "TD", f"{prune} {SCHEDULE}")
         chains.append([run("main_CIL", seed, "CIL"), top_down])
     for seed in args.seeds:

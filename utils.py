@@ -383,9 +383,9 @@ def settle(args, save_dir, trains=True):
     args: with the number of tasks filled in. save_dir: the default of --save_dir, with {} for the
     data set's name. trains: whether a task is trained, for which the batch must be shared out.
     """
-    if getattr(args, "state", 0) is None:
-        args.state = args.classifiers
-    last = getattr(args, "state", args.classifiers)
+    last = getattr(args, "state", None) or args.classifiers
+    if "state" in args:
+        args.state = last
     if last > args.classifiers:
         raise Refusal(f"--state {last}: there are {args.classifiers} tasks, give 1 to that")
     if trains and last > 1 and args.batch_size // 4 < last:
@@ -412,6 +412,17 @@ def add_pruning_flags(flag):
         metavar="N",
         help="epochs of retraining after a pruning, at lr/100 (default %(default)s)",
     )
+
+
+# What main_train.py trains in a ticket's place (its take_control), in the words of the report.
+CONTROLS = {
+    "none": "the ticket",
+    "random_mask": "random mask",
+    "shuffle_mask": "shuffled mask",
+    "reinit": "new network",
+    "shuffle_weights": "shuffled weights",
+    "dense": "dense, no mask",
+}
 
 
 def add_state(flag, words):

@@ -646,6 +646,24 @@ def test_several_pools_are_put_together_and_resized(official, capsys):  # noqa: 
     refused(lambda: dataset.main([*CIFAR, "pool.npy"]), "--data set", "large.npy")
 
 
+def test_a_pool_is_the_same_however_its_place_is_written(official):  # noqa: F811
+    Path("photos").mkdir()
+    Image.fromarray(IMAGES[0]).save("photos/0.png")
+    for name in ("a", "b"):
+        np.save(f"{name}.npy", IMAGES)
+    dataset.main([*CIFAR, "a.npy", "photos/"])
+    for places in (["./a.npy", "photos"], [str(Path("a.npy").resolve()), "./photos/"]):
+        assert len(dataset.main([*CIFAR, *places]).pool) == len(IMAGES)
+    for places in (["b.npy", "photos"], ["photos", "a.npy"], ["a.npy"]):
+        refused(lambda places=places: dataset.main([*CIFAR, *places]), "--data set", "a.npy")
+
+
+def test_a_pool_of_text_is_told_without_the_advice_to_unpickle_it(official):  # noqa: F811
+    Path("pool.npy").write_text("no array")
+    line = refused(lambda: dataset.main([*CIFAR, "pool.npy"]), "--unlabeled pool.npy", "another")
+    assert "pickle" not in line
+
+
 def test_images_of_the_set_and_repeated_ones_are_dropped_from_the_pool(official, capsys):  # noqa: F811
     cifar10 = official.cifar10.sets
     pool = [IMAGES, cifar10[True].data[:50], IMAGES[:2], cifar10[False].data[:30], IMAGES[6:]]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 
-import main_train
 import pictures
 import report
 import utils
@@ -252,10 +251,6 @@ def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys
     assert control["minus the ticket mean"] == "-1.5000"  # of -2 and -1
     assert float(control["minus the ticket sd"]) == pytest.approx(0.5**0.5, abs=1e-4)
     assert "-1.5 ± 0.7 (n = 2)" in capsys.readouterr().out
-
-
-def test_every_control_has_a_name():
-    assert set(report.CONTROLS) == set(main_train.CONTROLS)
 
 
 def test_what_stands_in_a_label_breaks_no_table(tmp_path, capsys, no_pictures):

@@ -407,6 +407,14 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_last_task_is_tested_unless_another_is_named(tmp_path):
+    """That of the run, here of three tasks, not 5."""
+    run = main_CIL.main([*TINY, "--save_dir", str(tmp_path)])
+    tested = test_script.main([*TINY, "--pretrained", str(tmp_path / "task3_best_model.pt")])
+    assert tested["states"][0]["state"] == 3
+    assert tested["states"][0]["accuracy"] == run["states"][2]["accuracy"]
+
+
 def test_task_1_is_retrained_without_soft_labels(tmp_path):
     main_CIL.main([*TINY, "--save_dir", str(tmp_path / "cil")])
     masks = pruning_utils.prune(
