@@ -1,4 +1,4 @@
-"""Bottom-up lifelong tickets: start tiny, re-grow when a new task needs room (METHOD.md section 6).
+"""Bottom-up lifelong tickets: start tiny, re-grow when a new task needs room (docs/METHOD.md 6).
 
     python main_BU.py                                   the published protocol on CIFAR-10
     python main_BU.py --select_on val                   choose tickets on validation images
@@ -6,194 +6,220 @@
 
 Task 1: train dense, then prune and retrain until the accuracy falls. Each further task: train
 dense, and once more under the current mask; if the mask costs too much, prune the weights outside
-it until those that are needed are left, and add them. The tickets are retrained by main_train.py.
+it down to those that are needed, and add them. main_train.py retrains the tickets.
 """
 
 import dataset
 import pruning_utils
 import teaching
+import trainer
 import utils
-from run import Run
-from trainer import make_model, retrain, test, train_task
-from utils import Refusal
+from models import BACKBONES
+from runtime import cli
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import UserError
+from runtime.process import run_script
+from runtime.run import Run
 
 
 def parse(argv):
-    parser = utils.make_parser(__doc__, "BU_<dataset>")
-    flag = parser.add_argument_group("bottom-up pruning").add_argument
-    utils.add_pruning_flags(flag)
-    words = "accuracy that a pruned model may lose, in percentage points (default %(default)s)"
-    flag("--deacc", type=utils.any_number, default=2, metavar="POINTS", help=words)
-    words = "points below the dense model at which the mask re-grows (default %(default)s)"
-    flag("--accept_decay", type=utils.any_number, default=1, metavar="POINTS", help=words)
-    words = "most prunings of a task (default %(default)s)"
-    flag("--max_iter_prun", type=utils.whole(1), default=26, metavar="N", help=words)
-    words = "least sparsity at which the prunings may stop (default %(default)s)"
-    flag("--base_sparsity", type=utils.percentage, default=90, metavar="PERCENT", help=words)
-    words = "images that tickets are chosen on: test (published, default) or val (the sound one)"
-    flag("--select_on", choices=("test", "val"), default="test", help=words)
+    parser = cli.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
+    flag = cli.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
+    points = {"type": cli.finite, "metavar": "POINTS"}
+    message = f"accuracy that a pruned model may lose, in percentage points {cli.DEFAULT}"
+    flag("--deacc", default=2, help=message, **points)
+    message = f"points below the dense model at which the mask re-grows {cli.DEFAULT}"
+    flag("--accept_decay", default=1, help=message, **points)
+    message = f"most prunings of a task {cli.DEFAULT}"
+    flag("--max_iter_prun", type=cli.int_range(1), default=26, metavar="N", help=message)
+    message = f"sparsity from which the prunings may stop {cli.DEFAULT}"
+    flag("--base_sparsity", type=cli.percentage, default=90, metavar="PERCENT", help=message)
+    message = "images on which tickets are chosen: test (published, default) or val (recommended)"
+    flag("--select_on", choices=("test", "val"), default="test", help=message)
     args = parser.parse_args(argv)
-    dataset.complete(args)
-    utils.settle(args, "BU_{}")
+    dataset.resolve_tasks(args)
+    cli.finalize_args(args, "BU_{}")
     return args
 
 
-def find_ticket(model, task, data, run, dense_accuracy):
+def find_ticket(model, task, run, dense_accuracy):
     """Task 1's ticket: prune and retrain, round after round, until the accuracy has decayed.
 
-    model: task 1's dense best model. Returns the masks, the state retrained under them, and the
-    rounds as dicts. Raises Refusal when the first round is one too many already.
+    model: task 1's dense best model; dense_accuracy: its accuracy on the --select_on images.
+    Returns the masks, the state retrained under them, and the rounds as dicts. Raises UserError
+    when no round is within the limits.
     """
     args, masks, state, rounds = run.args, pruning_utils.masks_of(model), None, []
-    for _ in range(args.max_iter_prun):
-        pruned = pruning_utils.prune(pruning_utils.weights(model), masks, args.percent)
+    decay = sparsity = 0
+
+    def within_limits():
+        return decay < args.deacc or sparsity < args.base_sparsity
+
+    while within_limits() and len(rounds) < args.max_iter_prun:
+        step = f"task1_round{len(rounds) + 1}"
+        pruned = pruning_utils.prune_once(model, masks, args, step)
         sparsity = 100 - pruning_utils.density(pruned)
-        decay = run_round(model, task, data, run, dense_accuracy, pruned, rounds)
-        if decay >= args.deacc and sparsity >= args.base_sparsity:
-            break  # the mask of one pruning fewer is the ticket
-        masks, state = pruned, pruning_utils.clone_state(model)
+        decay = run_round(model, task, run, dense_accuracy, pruned, rounds)
+        if within_limits():  # otherwise the mask of one pruning fewer is the ticket
+            masks, state = pruned, pruning_utils.clone_state(model)
     if state is None:
-        raise Refusal(
-            f"--percent {args.percent:g}: already the first pruning passes --base_sparsity and "
-            f"loses {decay:.2f} points, which leaves no ticket; give a smaller --percent"
+        raise UserError(
+            f"--percent {args.percent:g}: the first pruning passes --base_sparsity and loses "
+            f"{decay:.2f} points, which leaves no ticket; give a smaller --percent"
         )
     return masks, state, rounds
 
 
-def regrow(model, task, data, run, dense_accuracy, current):
+def regrow(model, task, run, dense_accuracy, current):
     """A larger ticket for task t: prune the weights outside `current` until too few are left.
 
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
     """
-    args, masks = run.args, pruning_utils.masks_of(model)
-    state, rounds, decay = None, [], None
-    for _ in range(args.max_iter_prun):
-        weights = pruning_utils.weights(model)
-        pruned = pruning_utils.prune(weights, masks, args.percent, kept=current)
-        sparsity = 100 - pruning_utils.density(pruned)
-        if state and decay >= args.deacc and sparsity >= args.base_sparsity:
-            break  # this pruning is undone
-        decay = run_round(model, task, data, run, dense_accuracy, pruned, rounds)
-        too_few = decay > args.deacc and sparsity > args.base_sparsity
-        if not too_few or not state:
+    args, masks, rounds, decay = run.args, pruning_utils.masks_of(model), [], 0
+    for number in range(1, args.max_iter_prun + 1):
+        step = f"task{task.t}_round{number}"
+        pruned = pruning_utils.prune_once(model, masks, args, step, current)
+        if number == 1:  # it counts even if it is one too many, but then it is not retrained
+            pruning_utils.apply_mask(model, pruned)
             masks, state = pruned, pruning_utils.clone_state(model)
-        if too_few:
-            break  # this pruning is undone too, unless it was the first
+        sparsity = 100 - pruning_utils.density(pruned)
+        if decay >= args.deacc and sparsity >= args.base_sparsity:
+            break
+        decay = run_round(model, task, run, dense_accuracy, pruned, rounds)
+        if decay > args.deacc and sparsity > args.base_sparsity:
+            break
+        masks, state = pruned, pruning_utils.clone_state(model)
     return masks, state, rounds
 
 
-def run_round(model, task, data, run, dense_accuracy, masks, rounds):
+def run_round(model, task, run, dense_accuracy, masks, rounds):
     """Retrain under masks, with a new optimizer; add the round to `rounds`, return the decay.
 
-    The model goes on from where it is. The decay is what is lost of `dense_accuracy` (percent) on
-    the --select_on images of all classes so far, at the round's best epoch.
+    The model continues from where it is. The decay is what is lost of `dense_accuracy` (percent)
+    on the --select_on images of all classes so far, at the round's best epoch.
     """
     pruning_utils.apply_mask(model, masks)
     step = f"task{task.t}_round{len(rounds) + 1}"
-    accuracy = retrain(model, task, data, run, step, getattr(data, run.args.select_on)).best
+    part = getattr(task.data, run.args.select_on)
+    accuracy = trainer.retrain(model, task, run, step, part).best
     decay, density = dense_accuracy - accuracy, pruning_utils.density(masks)
     rounds.append({"density": density, "accuracy": accuracy, "decay": decay})
-    run.say(
+    run.log(
         f"task {task.t}, pruning {len(rounds)}: {density:.2f} % remain, "
         f"accuracy {accuracy:.2f} %, decay {decay:.2f}"
     )
     return decay
 
 
-def take_ticket(run, t, find, *where):
-    """Task t's ticket: what find(*where) finds, stored in files. Returns its masks and rounds."""
+def stay_or_regrow(model, task, run, dense, masked, current):
+    """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow.
+
+    dense, masked: counts of the two models of task t on the --select_on images.
+    """
+    dense_mean, masked_mean = (sum(trainer.percentages(c)) / task.t for c in (dense, masked))
+    cost = dense_mean - masked_mean
+    stays = cost < run.args.accept_decay
+    decision = "stays" if stays else "re-grows"
+    run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it {decision}")
+    if stays:
+        return current, None, []
+    return regrow(model, task, run, trainer.pooled(dense), current)
+
+
+def evaluate(model, task, run, name):
+    """Test accuracies of tasks 1..t (percent, a list), and the counts on the --select_on images."""
+    test, selected = (
+        trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", part)
+        for part in ("test", run.args.select_on)
+    )
+    return trainer.percentages(test), selected
+
+
+def take_ticket(run, t, find, *arguments):
+    """Save what find(*arguments) finds. Returns the masks, and a dict of regrown and rounds."""
     step, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
     if not run.done(step):
-        masks, state, rounds = find(*where)
-        run.keep(mask, pruning_utils.save_masks, masks)
-        if rounds:
-            run.keep(weight, utils.save, state)
-        run.finish(step, mask, *[weight] * bool(rounds), rounds=rounds)
-        run.say(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-    run.forget(f"task{t}_round")
+        masks, state, rounds = find(*arguments)
+        run.save(mask, pruning_utils.save_masks, masks)
+        if state:
+            run.save(weight, save_checkpoint, state)
+        files = [mask, weight] if state else [mask]
+        run.finish(step, *files, regrown=bool(state) and t > 1, rounds=rounds)
+        run.log(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
+    run.discard_steps(f"task{t}_round")
     masks = pruning_utils.load_masks(run.path(mask))
     if not run.result(f"task{t + 1}_ticket"):  # the newest
-        run.keep("current_mask.pt", pruning_utils.save_masks, masks)
-    return masks, run.result(step)["rounds"]
+        run.save("current_mask.pt", pruning_utils.save_masks, masks)
+    return masks, run.result(step)
 
 
-def stay_or_regrow(model, task, data, run, dense_accuracy, accuracy, current):
-    """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow."""
-    cost = dense_accuracy - accuracy
-    if cost < run.args.accept_decay:
-        run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
-        return current, None, []
-    run.say(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
-    return regrow(model, task, data, run, dense_accuracy, current)
+def first_task(model, run):
+    """Task 1: dense, then its ticket. Returns the dense best state and the ticket's masks."""
+    args, data = run.args, run.data
+    task = teaching.build_task(data, args, 1)
+    trained = trainer.train_task(model, task, run, "task1")
+    pruning_utils.load_state(model, trained.best_state)
+    dense_accuracy, counts = evaluate(model, task, run, "dense")
+    if args.classifiers > 1:
+        teaching.teach(model, data, run, 1)
+    masks, found = take_ticket(run, 1, find_ticket, model, task, run, trainer.pooled(counts))
+    pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
+    run.add(
+        state=1,
+        accuracy=evaluate(model, task, run, "ticket")[0],
+        density=pruning_utils.density(masks),
+        **pruning_utils.ticket_record(masks),
+        dense_accuracy=dense_accuracy,
+        dense_training=trained.summary(),
+        rounds=found["rounds"],
+    )
+    return trained.best_state, masks
+
+
+def next_task(model, t, run, start, current):
+    """Task t > 1, from the dense best state of task t-1: dense, then under the current mask.
+
+    Returns the dense best state and the masks of the next ticket.
+    """
+    args, data = run.args, run.data
+    task = teaching.build_task(data, args, t)
+    pruning_utils.load_state(model, start)
+    trained = trainer.train_task(model, task, run, f"task{t}")
+    pruning_utils.load_state(model, start, current)
+    best = f"task{t}_best_prun_model.pt"
+    trained_masked = trainer.train_task(model, task, run, f"task{t}_prun", best)
+    pruning_utils.load_state(model, trained_masked.best_state)
+    accuracy, masked = evaluate(model, task, run, "prun")
+    pruning_utils.load_state(model, trained.best_state)
+    dense_accuracy, dense = evaluate(model, task, run, "dense")
+    if t < args.classifiers:
+        teaching.teach(model, data, run, t)
+    masks, found = take_ticket(run, t, stay_or_regrow, model, task, run, dense, masked, current)
+    run.add(
+        state=t,
+        accuracy=accuracy,
+        density=pruning_utils.density(current),
+        **pruning_utils.ticket_record(masks),
+        dense_accuracy=dense_accuracy,
+        training=trained_masked.summary(),
+        dense_training=trained.summary(),
+        **found,
+    )
+    return trained.best_state, masks
 
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args.device, args.gpu, args.deterministic)
+    device = utils.pick_device(args)
     data = dataset.load(args, device)
-    model = make_model(args, device)
-    run = Run("main_BU", args, data, device)
-
-    def tested(which, t):
-        """Test accuracies of tasks 1..t, and the mean accuracy by which tickets are chosen."""
-        found = {
-            on: run.once(f"task{t}_{which}_{on}", test, model, getattr(data, on), t, data, args)
-            for on in ("test", args.select_on)
-        }
-        return found["test"], sum(found[args.select_on]) / t
-
-    # task 1: dense, then its ticket
-    task = teaching.taught_task(data, args, 1)
-    dense = train_task(model, task, data, run, "task1")
-    pruning_utils.load_state(model, dense.best_state)
-    dense_accuracy, dense_mean = tested("dense", 1)
-    if args.classifiers > 1:
-        teaching.teach(model, data, run, 1)
-    masks, rounds = take_ticket(run, 1, find_ticket, model, task, data, run, dense_mean)
-    pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
-    run.add(
-        state=1,
-        accuracy=tested("ticket", 1)[0],
-        density=pruning_utils.density(masks),
-        ticket_density=pruning_utils.density(masks),
-        layer_density=pruning_utils.densities(masks),
-        dense_accuracy=dense_accuracy,
-        dense_training=dense.words(),
-        rounds=rounds,
-    )
-
+    model = trainer.make_model(args, device)
+    run = Run("main_BU", args, data, model)
+    trainer.save_initialization(model, run)
+    dense, masks = first_task(model, run)
     for t in range(2, args.classifiers + 1):
-        start, density = dense.best_state, pruning_utils.density(masks)
-        task = teaching.taught_task(data, args, t)
-        # from the dense best model of t-1, once dense and once under the mask
-        pruning_utils.load_state(model, start)
-        dense = train_task(model, task, data, run, f"task{t}")
-        pruning_utils.load_state(model, start, masks)
-        best = f"task{t}_best_prun_model.pt"
-        masked = train_task(model, task, data, run, f"task{t}_prun", best)
-        pruning_utils.load_state(model, masked.best_state)
-        accuracy, masked_mean = tested("prun", t)
-        pruning_utils.load_state(model, dense.best_state)
-        dense_accuracy, dense_mean = tested("dense", t)
-        if t < args.classifiers:
-            teaching.teach(model, data, run, t)
-        # re-grow where the mask costs too much
-        where = model, task, data, run, dense_mean, masked_mean, masks
-        masks, rounds = take_ticket(run, t, stay_or_regrow, *where)
-        run.add(
-            state=t,
-            accuracy=accuracy,
-            density=density,
-            ticket_density=pruning_utils.density(masks),
-            layer_density=pruning_utils.densities(masks),
-            dense_accuracy=dense_accuracy,
-            training=masked.words(),
-            dense_training=dense.words(),
-            regrown=bool(rounds),
-            rounds=rounds,
-        )
+        dense, masks = next_task(model, t, run, dense, masks)
     return run.close([row["accuracy"] for row in run.results["states"]])
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -1,41 +1,51 @@
-"""The dense baseline: all tasks with lottery teaching, no pruning (METHOD.md section 6).
+"""The dense baseline: all tasks with lottery teaching, no pruning (docs/METHOD.md section 6).
 
     python main_CIL.py                                  the published protocol on CIFAR-10
     python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3
 
-Each task goes on from the best model of the one before; all tests are of best models.
+Each task starts from the best model of the one before; all tests are of best models.
 """
 
 import dataset
 import pruning_utils
 import teaching
+import trainer
 import utils
-from run import Run
-from trainer import make_model, test, train_task
+from models import BACKBONES
+from runtime import cli
+from runtime.process import run_script
+from runtime.run import Run
+
+
+def parse(argv):
+    parser = cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
+    args = parser.parse_args(argv)
+    dataset.resolve_tasks(args)
+    cli.finalize_args(args, "{}_cil")
+    return args
 
 
 def main(argv=None):
-    args = utils.make_parser(__doc__, "<dataset>_cil").parse_args(argv)
-    dataset.complete(args)
-    utils.settle(args, "{}_cil")
-    device = utils.pick_device(args.device, args.gpu, args.deterministic)
+    args = parse(argv)
+    device = utils.pick_device(args)
     data = dataset.load(args, device)
-    model = make_model(args, device)
-    run = Run("main_CIL", args, data, device)
+    model = trainer.make_model(args, device)
+    run = Run("main_CIL", args, data, model)
+    trainer.save_initialization(model, run)
     for t in range(1, args.classifiers + 1):
-        task = teaching.taught_task(data, args, t)
-        trained = train_task(model, task, data, run, f"task{t}")
+        task = teaching.build_task(data, args, t)
+        trained = trainer.train_task(model, task, run, f"task{t}")
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:
             teaching.teach(model, data, run, t)
         run.add(
             state=t,
-            accuracy=run.once(f"task{t}_test", test, model, data.test, t, data, args),
+            accuracy=trainer.percentages(trainer.evaluate_tasks(model, task, run, f"task{t}")),
             density=100.0,
-            training=trained.words(),
+            training=trained.summary(),
         )
     return run.close([row["accuracy"] for row in run.results["states"]])
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

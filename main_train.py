@@ -1,10 +1,10 @@
-"""Train a ticket on a task: weights W under mask M (METHOD.md section 6).
+"""Train a ticket on a task: weights W under mask M (docs/METHOD.md section 6).
 
     D=BU_cifar10
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3
 
-That is the paper's task-rewound bottom-up ticket ("TR-BU") of task 3: its mask on the dense
-weights of task 2. The soft labels of task t-1 are those of a finished run (--save_data_path).
+retrains the ticket of task 3 from the dense weights of task 2: the paper's task-rewound bottom-up
+ticket ("TR-BU"). The soft labels of task t-1 are those of a finished run (--save_data_path).
 
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3 \\
         --control shuffle_mask
@@ -15,56 +15,68 @@ trains a control in its place: what a ticket must beat, see take_control().
 import dataset
 import pruning_utils
 import teaching
+import trainer
 import utils
-from run import Run
-from trainer import make_model, test, train_task
+from models import BACKBONES
+from runtime import cli
+from runtime.checkpoint import read_state_dict
+from runtime.files import file_checksum
+from runtime.process import run_script
+from runtime.run import Run
 
 
 def parse(argv):
-    parser = utils.make_parser(__doc__, "BU_<dataset>")
+    parser = cli.training_parser(
+        __doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES, queries=False
+    )
     flag = parser.add_argument_group("the ticket").add_argument
     flag(
         "--weight",
-        type=utils.place,
+        type=cli.path,
         required=True,
         metavar="W",
         help="checkpoint to start from; its own mask is dropped",
     )
-    words = "mask file, or any pruned checkpoint"
-    flag("--mask", type=utils.place, required=True, metavar="M", help=words)
-    utils.add_state(flag, "task to train")
+    flag(
+        "--mask",
+        type=cli.path,
+        required=True,
+        metavar="M",
+        help="mask file, or any pruned checkpoint",
+    )
+    cli.add_state_flag(flag, "task to train")
     flag(
         "--control",
-        choices=utils.CONTROLS,
+        choices=cli.CONTROLS,
         default="none",
-        help="train in place of the ticket (none, default): random_mask, a mask of its density "
-        "anywhere; shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "
-        "initialisation; shuffle_weights, the weights that remain shuffled within each layer; "
+        help="train in place of the ticket (none, default): random_mask, a random mask of its "
+        "density; shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "
+        "initialization; shuffle_weights, the remaining weights shuffled within each layer; "
         "dense, no mask",
     )
     args = parser.parse_args(argv)
-    dataset.complete(args)
-    utils.settle(args, "BU_{}")
+    dataset.resolve_tasks(args)
+    cli.finalize_args(args, "BU_{}")
     return args
 
 
 def take_control(model, masks, args, device):
-    """Put the model, dense with the weights W, under the masks, as the --control wants it.
+    """Put the model, dense with the weights W, under the masks, as --control says.
 
-    Returns the masks that it is under then; an empty dict is dense. What each control keeps, and
-    which claim about the ticket it tests. (The sources train from an initialisation. W here is what
-    earlier tasks have taught, and a control that moves the mask or the weights loses some of that
-    too, reinit all of it.)
+    Returns the masks that it is then under; an empty dict is dense. The list says what each
+    control keeps and which claim about the ticket it tests. (The sources train from an
+    initialization. W here holds what earlier tasks taught, and a control that moves the mask or
+    the weights loses some of that too; reinit loses all of it.)
 
     random_mask      the number of weights. Is it the mask, or would any of its density do? (the
                      random sparse networks of Frankle & Carbin 2019; Frankle et al. 2021)
     shuffle_mask     the number in each layer. Is it which weights remain, or only how many in
                      which layer? (Su et al. 2020; Frankle et al. 2021)
-    reinit           the mask, on a network that is wholly new, BatchNorm and heads too. Do the
+    reinit           the mask, on a new network, with new BatchNorm and heads. Do the
                      weights matter that the ticket starts from? (Frankle & Carbin 2019; Frankle
                      et al. 2021; a winning ticket must beat it: Ma et al. 2021)
     shuffle_weights  the mask, and each layer's distribution of weights. Does it matter which
-                     weight stands where? (Su et al. 2020)
+                     weight is where? (Su et al. 2020)
     dense            W without a mask. Does the ticket do as well as the whole network? (Frankle &
                      Carbin 2019)
 
@@ -79,7 +91,7 @@ def take_control(model, masks, args, device):
     elif kind == "shuffle_mask":
         masks = pruning_utils.shuffle_mask(masks, generator)
     elif kind == "reinit":
-        new = make_model(args, device, "control", kind, args.state)
+        new = trainer.make_model(args, device, "control", kind, args.state)
         pruning_utils.load_state(model, new.state_dict())
     elif kind == "shuffle_weights":
         pruning_utils.shuffle_weights(model, masks, generator)
@@ -93,29 +105,29 @@ def main(argv=None):
     args = parse(argv)
     t = args.state
     step = f"retrain_task{t}" + f"_{args.control}" * (args.control != "none")
-    device = utils.pick_device(args.device, args.gpu, args.deterministic)
-    weights, masks = utils.read_state(args.weight), pruning_utils.load_masks(args.mask)
-    model = make_model(args, device)
+    device = utils.pick_device(args)
+    weights, masks = read_state_dict(args.weight), pruning_utils.load_masks(args.mask)
+    model = trainer.make_model(args, device)
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
     pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
     masks = take_control(model, masks, args, device)
-    data = dataset.load(args, device, beside=args.weight)
-    task = teaching.taught_task(data, args, t)
+    data = dataset.load(args, device, checkpoint=args.weight, pool=False)
+    task = teaching.build_task(data, args, t)
     inputs = {"--weight": args.weight, "--mask": args.mask}
-    inputs |= {path.name: path for path in teaching.lesson_files(args, t)}
-    checksums = {flag: utils.file_checksum(path) for flag, path in inputs.items()}
-    run = Run("main_train", args, data, device, f"{step}_", checksums)
-    trained = train_task(model, task, data, run, step)
+    inputs |= {path.name: path for path in teaching.soft_label_files(args, t)}
+    checksums = {flag: file_checksum(path) for flag, path in inputs.items()}
+    run = Run("main_train", args, data, model, f"{step}_", checksums)
+    trained = trainer.train_task(model, task, run, step)
     pruning_utils.load_state(model, trained.best_state)
     run.add(
         state=t,
-        accuracy=run.once(f"{step}_test", test, model, data.test, t, data, args),
+        accuracy=trainer.percentages(trainer.evaluate_tasks(model, task, run, step)),
         density=pruning_utils.density(masks) if masks else 100.0,
         layer_density=pruning_utils.densities(masks),
-        training=trained.words(),
+        training=trained.summary(),
     )
     return run.close()
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Masks: prune globally, apply, extract, rewind, count (METHOD.md section 6).
+"""Masks: score, prune globally, apply, extract, rewind, count (docs/METHOD.md section 6).
 
 A dict of masks maps the name of a convolution ('layer1.0.conv1') to a float32 0/1 tensor of its
 weight's shape, 1 where the weight remains; an empty dict means dense. In a model and in
@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import utils
-from utils import Refusal
-
-ORIG, MASK = ".weight_orig", ".weight_mask"
+from models.base import MASK, ORIG, dense_state
+from runtime.checkpoint import read_state_dict, save_checkpoint
+from runtime.errors import UserError
 
 
 def convolutions(model):
@@ -22,7 +22,7 @@ def convolutions(model):
 
 
 def weights(model):
-    """{name: weight} of the convolutions: the trained tensors, weight_orig where one is pruned."""
+    """{name: weight} of the convolutions: what is trained, weight_orig where one is pruned."""
     return {
         name: conv.weight_orig.detach() if torch_prune.is_pruned(conv) else conv.weight.detach()
         for name, conv in convolutions(model).items()
@@ -35,29 +35,63 @@ def masks_of(model):
     return own or {n: torch.ones_like(w, dtype=torch.float32) for n, w in weights(model).items()}
 
 
-def prune(weights, masks, percent, kept=None):
-    """Drop the round(percent * n) smallest of the n remaining weights, over all layers together.
+# ------------------------------------------------------------------------------ criteria
 
-    weights, masks: {name: tensor}; percent: a share (0.2 = 20 %); kept: masks of weights that are
-    neither ranked nor dropped (re-growth keeps the current mask). Returns new masks. The ranks
-    are those of the given weights, unlike the published code's, which reads a cached product.
-    Equal magnitudes at the threshold: the first in the model's order go.
+
+def magnitude(weights, generator):
+    """Scores: the magnitude of each weight (published)."""
+    return {name: weight.abs() for name, weight in weights.items()}
+
+
+def random_scores(weights, generator):
+    """Scores: uniform random numbers, the same on every device. A control."""
+    return {
+        name: torch.rand(weight.shape, generator=generator).to(weight.device)
+        for name, weight in weights.items()
+    }
+
+
+# --criterion: {name: function of weights {name: tensor} and a CPU torch.Generator, which returns a
+# score for each weight, {name: tensor of the same shape}; the smallest are pruned}
+CRITERIA = {"magnitude": magnitude, "random": random_scores}
+
+
+def prune_once(model, masks, args, step, kept=None):
+    """The masks after one more pruning by --criterion and --percent; step: names its random stream.
+
+    The scores are of the current weights, unlike the published code's, which are of a cached
+    product of weight and mask. kept: as in prune().
     """
-    flat = torch.cat([masks[name].flatten() for name in weights])
+    generator = utils.stream(args.seed, step, "scores")
+    scores = CRITERIA[args.criterion](weights(model), generator)
+    return prune(scores, masks, args.percent, kept)
+
+
+def prune(scores, masks, percent, kept=None):
+    """Prune the round(percent * n) lowest-scored of the n remaining weights, over all layers.
+
+    scores, masks: {name: tensor}; percent: a share (0.2 = 20 %); kept: masks of weights that are
+    neither ranked nor pruned (re-growth keeps the current mask). Returns new masks, float32.
+    Equal scores at the threshold: the first in the model's order go.
+    """
+    flat = torch.cat([masks[name].flatten() for name in scores])
     ranked = flat != 0
     if kept is not None:
-        ranked &= torch.cat([kept[name].flatten() for name in weights]).to(flat.device) == 0
-    magnitude = torch.cat([w.flatten() for w in weights.values()]).abs_()
-    magnitude.masked_fill_(~ranked, torch.inf)
+        ranked &= torch.cat([kept[name].flatten() for name in scores]).to(flat.device) == 0
+    ranking = torch.cat([each.flatten() for each in scores.values()])
+    ranking.masked_fill_(~ranked, torch.inf)
     count = round(percent * int(ranked.count_nonzero()))
     if count:
-        threshold = utils.kth_smallest(magnitude, count)
-        drop = magnitude < threshold
-        ties = (magnitude == threshold).nonzero().squeeze(1)
+        threshold = utils.kth_smallest(ranking, count)
+        drop = ranking < threshold
+        ties = (ranking == threshold).nonzero().squeeze(1)
         drop[ties[: count - int(drop.count_nonzero())]] = True
         flat.masked_fill_(drop, 0)
-    parts = flat.float().split([w.numel() for w in weights.values()])
-    return {name: part.view_as(weights[name]) for name, part in zip(weights, parts)}
+    parts = flat.float().split([each.numel() for each in scores.values()])
+    return {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
+
+
+# ------------------------------------------------------------------------------ masks in a model
 
 
 def density(masks):
@@ -69,6 +103,11 @@ def density(masks):
 def densities(masks):
     """Share of the weights that remain in each convolution, {name: percent}."""
     return {name: density({name: mask}) for name, mask in masks.items()}
+
+
+def ticket_record(masks):
+    """What the records say of a ticket."""
+    return {"ticket_density": density(masks), "layer_density": densities(masks)}
 
 
 def apply_mask(model, masks):
@@ -87,7 +126,7 @@ def apply_mask(model, masks):
 
 
 def remove_mask(model):
-    """Make the model dense again: weight_orig is taken whole, what the mask hid included."""
+    """Make the model dense again; weight_orig is taken whole, with what the mask hid."""
     for conv in convolutions(model).values():
         if torch_prune.is_pruned(conv):
             whole = conv.weight_orig.detach().clone()
@@ -100,17 +139,8 @@ def extract_mask(state):
     return {key[: -len(MASK)]: mask for key, mask in state.items() if key.endswith(MASK)}
 
 
-def dense_state(state):
-    """A state dict with weight_orig taken whole as weight, and no masks."""
-    return {
-        key.replace(ORIG, ".weight"): value
-        for key, value in state.items()
-        if not key.endswith(MASK)
-    }
-
-
 def clone_state(model):
-    """A copy of the model's state dict, which further training leaves alone."""
+    """A copy of the model's state dict, which further training does not change."""
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
@@ -118,11 +148,11 @@ def load_state(model, state, masks=None, source="the state dict"):
     """Put a state dict, pruned or dense, into the model.
 
     masks: what to put the model under instead of the state's own masks ({}: dense).
-    Raises Refusal, naming `source`, when the state does not fit the model.
+    Raises UserError, naming `source`, when the state does not fit the model.
     """
     own = extract_mask(state)
     dense = dense_state(state)
-    refuse_misfit(model, dense, source)
+    check_state(model, dense, source)
     masks = own if masks is None else masks
     check_masks(model, masks, source)
     remove_mask(model)
@@ -130,52 +160,38 @@ def load_state(model, state, masks=None, source="the state dict"):
     apply_mask(model, masks)
 
 
-def refuse_misfit(model, dense, source):
-    """Say in one line how a dense state dict and the model differ, if they do."""
-    wanted = dense_state(model.state_dict())
-
-    def rows(state, key):
-        return state[key].shape[0] if key in state and state[key].ndim else 0
-
-    width, own = (rows(s, "conv1.weight") for s in (dense, wanted))
-    if width and width != own:
-        raise Refusal(f"{source}: is of width {width}, this run has --width {own}; give the same")
-    heads = [sum(key.startswith("linear.") for key in s) // 2 for s in (dense, wanted)]
-    classes = [rows(s, "linear.0.weight") for s in (dense, wanted)]
-    if heads[0] and (heads[0] != heads[1] or classes[0] != classes[1]):
-        raise Refusal(
-            f"{source}: has {heads[0]} heads of {classes[0]} classes, this run {heads[1]} of "
-            f"{classes[1]}; see --dataset, --classifiers, --classes_per_classifier"
-        )
-    differing = [
-        key
-        for key in {**wanted, **dense}
-        if key not in wanted or key not in dense or wanted[key].shape != dense[key].shape
-    ]
-    if differing:
-        raise Refusal(f"{source}: does not fit this network at {differing[0]}, give another file")
-    for key, value in dense.items():  # after their shapes: one value can be expanded to any number
-        if value.dtype != wanted[key].dtype or not bool(value.isfinite().all()):
-            words = f"holds no finite {wanted[key].dtype} numbers, give another file"
-            raise Refusal(f"{source}: {key} {words}")
+def check_state(model, dense, source):
+    """Raise UserError unless a dense state dict fits the model and is finite."""
+    if reason := model.misfit(dense):
+        raise UserError(f"{source}: {reason}")
+    dtypes = {key: value.dtype for key, value in dense_state(model.state_dict()).items()}
+    for key, value in dense.items():  # after the shapes: one value can be expanded to any number
+        if value.dtype != dtypes[key] or not bool(value.isfinite().all()):
+            raise UserError(
+                f"{source}: {key} does not hold finite {dtypes[key]} numbers, give another file"
+            )
 
 
 def check_masks(model, masks, source):
-    """Refuse masks that are not of the model's convolutions or hold more than zeros and ones."""
+    """Raise UserError unless masks are zeros and ones of the shapes of the model's convolutions."""
     if not masks:
         return
     convs = weights(model)
     for name in {**convs, **masks}:
         if name not in masks or name not in convs or masks[name].shape != convs[name].shape:
-            raise Refusal(f"{source}: its masks do not fit this network at {name}, see --width")
+            raise UserError(
+                f"{source}: its masks do not fit this network at {name}, see --arch and --width"
+            )
         if masks[name].dtype not in (torch.float32, convs[name].dtype):
-            raise Refusal(f"{source}: the mask of {name} is {masks[name].dtype}, give float32")
+            raise UserError(f"{source}: the mask of {name} is {masks[name].dtype}, give float32")
         if not bool(((masks[name] == 0) | (masks[name] == 1)).all()):
-            raise Refusal(f"{source}: the mask of {name} is not of zeros and ones, give another")
+            raise UserError(
+                f"{source}: the mask of {name} holds other values than 0 and 1, give another"
+            )
 
 
 def rewind(model, state, scope="conv"):
-    """Set the convolution weights back to those of `state`, under the masks that the model has.
+    """Set the convolution weights back to those of `state`; the model keeps its masks.
 
     scope 'conv' leaves BatchNorm and heads as they are (published); 'all' rewinds them too.
     """
@@ -191,9 +207,9 @@ def rewind(model, state, scope="conv"):
 
 
 def random_mask(masks, generator):
-    """Masks of as many weights in all, anywhere in the network; generator: a CPU torch.Generator.
+    """A mask of the same density at random places of the whole network.
 
-    masks as above; the density is exactly the same, that of each layer is left to chance.
+    generator: a CPU torch.Generator. The density of each layer is left to chance.
     """
     flat = torch.cat([mask.flatten() for mask in masks.values()])
     order = torch.randperm(flat.numel(), generator=generator).to(flat.device)
@@ -202,7 +218,7 @@ def random_mask(masks, generator):
 
 
 def shuffle_mask(masks, generator):
-    """Masks of as many weights in every layer, in random places; generator as in random_mask."""
+    """A mask of the same density in every layer, at random places; generator as in random_mask."""
     return {
         name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
         for name, mask in masks.items()
@@ -210,7 +226,7 @@ def shuffle_mask(masks, generator):
 
 
 def shuffle_weights(model, masks, generator):
-    """Shuffle the weights that `masks` leave among their places in each layer, in place.
+    """Shuffle the remaining weights of each layer among their positions, in place.
 
     generator as in random_mask. Weights outside the masks stay as they are.
     """
@@ -222,12 +238,12 @@ def shuffle_weights(model, masks, generator):
 
 def save_masks(path, masks):
     """Write masks as the published files hold them: '<conv>.weight_mask' -> float32 0/1."""
-    return utils.save(path, {name + MASK: mask.float() for name, mask in masks.items()})
+    return save_checkpoint(path, {name + MASK: mask.float() for name, mask in masks.items()})
 
 
 def load_masks(path):
-    """Masks from a mask file or any pruned checkpoint. Raises Refusal if there are none."""
-    masks = extract_mask(utils.read_state(path))
+    """Masks from a mask file or any pruned checkpoint. Raises UserError if it holds none."""
+    masks = extract_mask(read_state_dict(path))
     if not masks:
-        raise Refusal(f"{path}: holds no masks, give a mask file or a pruned checkpoint")
+        raise UserError(f"{path}: holds no masks, give a mask file or a pruned checkpoint")
     return masks

@@ -1,4 +1,4 @@
-"""Test a model on all tasks so far (METHOD.md section 6).
+"""Test a model on all tasks so far (docs/METHOD.md section 6).
 
     python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned --state 5
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
@@ -13,44 +13,53 @@ from pathlib import Path
 import dataset
 import pruning_utils
 import utils
-from trainer import make_model, test
-from utils import Refusal
+from models import BACKBONES, build_model
+from runtime import cli
+from runtime.checkpoint import read_state_dict
+from runtime.errors import UserError
+from runtime.process import run_script
+from runtime.run import Record
+from trainer import count_correct, percentages
 
 
 def parse(argv):
-    parser = utils.make_parser(__doc__, "none: nothing is written")
+    parser = cli.Parser(__doc__)
+    cli.add_data_flags(parser, dataset.DATASETS)
+    cli.add_network_flags(parser, BACKBONES)
     flag = parser.add_argument_group("the model").add_argument
-    words = "checkpoint to test"
-    flag("--pretrained", type=utils.place, required=True, metavar="P", help=words)
+    flag("--pretrained", type=cli.path, required=True, metavar="P", help="checkpoint to test")
     flag("--pruned", action="store_true", help="it is a pruned one")
-    utils.add_state(flag, "task whose classes, with all before, are told apart")
+    cli.add_state_flag(flag, "task whose classes, and all before, are told apart")
+    cli.add_batch_size_flag(flag)
+    flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
     args = parser.parse_args(argv)
-    dataset.complete(args)
-    utils.settle(args, save_dir="", trains=False)
+    dataset.resolve_tasks(args)
+    cli.finalize_args(args)
     return args
 
 
 def main(argv=None):
-    args, began = parse(argv), time.monotonic()
-    device = utils.pick_device(args.device, args.gpu, args.deterministic)
-    state = utils.read_state(args.pretrained)
+    args, start = parse(argv), time.monotonic()
+    device = utils.pick_device(args)
+    state = read_state_dict(args.pretrained)
     pruned = bool(pruning_utils.extract_mask(state))
     if pruned != args.pruned:
         kind, advice = ("pruned", "add") if pruned else ("dense", "leave out")
-        raise Refusal(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
-    model = make_model(args, device)
+        raise UserError(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
+    model = build_model(args).to(device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
-    data = dataset.load(args, device, beside=args.pretrained, pool=False)
-    record = utils.Record("test", args, data, device, f"test_{Path(args.pretrained).stem}_")
-    record.write()  # a folder that cannot be written is told now
+    data = dataset.load(args, device, checkpoint=args.pretrained, pool=False, parts=("test",))
+    record = Record("test", args, data, model, f"test_{Path(args.pretrained).stem}_")
+    record.write()  # a folder that cannot be written is reported now
+    counts = count_correct(model, data.test, args.state, data, args.batch_size)
     record.add(
         state=args.state,
-        accuracy=test(model, data.test, args.state, data, args),
+        accuracy=percentages(counts),
         density=pruning_utils.density(pruning_utils.masks_of(model)),
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
     return record.close()
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

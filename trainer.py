@@ -1,9 +1,15 @@
-"""Train one task (METHOD.md section 4): the two steps, the epoch, validation, and the one loop."""
+"""Train one task (docs/METHOD.md section 4): the losses, an epoch, evaluation, the one loop.
 
+A step, from the command line to the loss: main() of a script, train_task(), train_epoch(),
+task1_loss() or kd_loss(), and the model's features() and logits().
+"""
+
+import contextlib
 import copy
+import dataclasses
 import time
+from dataclasses import dataclass, field
 from itertools import islice
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -13,43 +19,54 @@ from tqdm import tqdm
 import dataset
 import pruning_utils
 import utils
-from models import ResNet
-from utils import Refusal
+from models import build_model
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import UserError
+from runtime.process import Interrupted, check_signals, hold_signals
 
-WORD_SECONDS = 30  # without a progress bar, a line is printed no more often than this
+TEMPERATURE = 2  # of the distillation (Hinton et al. 2015)
+BALANCED_WEIGHT = 0.5  # of the balanced heads' losses in tasks 2, 3, ...
+LOG_SECONDS = 30  # without a progress bar, an epoch is logged at most this often
 
 
 class Task(NamedTuple):
     """What task t learns from: images uint8 [n,H,W,3] with labels int64 [n]."""
 
     t: int  # the number of the task, and of the heads in use
+    data: dataset.Data  # the whole set, for validation
     random: tuple  # new training images, and the exemplars of the old classes
     new: tuple
     old: tuple
-    unlabeled: tuple  # images, logits, logits_main of the teacher; None: there is none
+    unlabeled: tuple  # images, logits, logits_main of the teacher; None without one
 
 
 def make_task(data, t, unlabeled):
-    """The training data of task t; unlabeled: teaching.lesson(...)."""
+    """The training data of task t; unlabeled: teaching.load_soft_labels(...)."""
     new = data.of_tasks(data.train, t, t)
     old = data.of_tasks(data.exemplars, 1, t - 1)
     both = tuple(torch.cat(pair) for pair in zip(new, old))
-    return Task(t, both, new, old, unlabeled)
+    return Task(t, data, both, new, old, unlabeled)
 
 
 def make_model(args, device, *purpose):
-    """A freshly initialised network on `device`; the same for the same seed and purpose."""
+    """A freshly initialized network on `device`; the same for the same seed and purpose."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            utils.derive(args.seed, *(purpose or ("initialisation",)))
-        )
-        tasks, bf16 = args.classifiers, args.precision == "bf16"
-        model = ResNet(args.classes_per_classifier, tasks, args.width, bf16)
+        purpose = purpose or ("initialisation",)
+        torch.default_generator.manual_seed(utils.derive_seed(args.seed, *purpose))
+        model = build_model(args)
     return model.to(device)
 
 
+def save_initialization(model, run):
+    """Save the initial weights under the published name, once in the life of the run."""
+    if not run.done("initialization"):
+        initial = {"state_dict": model.state_dict()}
+        run.save("task0_checkpoint_weight.pt", save_checkpoint, initial)
+        run.finish("initialization", "task0_checkpoint_weight.pt")
+
+
 def make_optimizer(model, args, lr):
-    """SGD over all parameters; those without a gradient (heads to come) it leaves alone."""
+    """SGD over all parameters. Those without a gradient, the heads to come, stay as they are."""
     model.zero_grad(set_to_none=True)
     return torch.optim.SGD(
         model.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -60,27 +77,28 @@ def make_optimizer(model, args, lr):
 
 
 def distillation(logits, stored):
-    """Soft cross-entropy at temperature 2, times 4: both [n,classes] -> scalar (Hinton 2015)."""
-    return 4 * F.cross_entropy(logits / 2, F.softmax(stored / 2, dim=1))
+    """Soft cross-entropy at TEMPERATURE, times its square: both [n,classes] -> scalar."""
+    soft_labels = F.softmax(stored / TEMPERATURE, dim=1)
+    return TEMPERATURE**2 * F.cross_entropy(logits / TEMPERATURE, soft_labels)
 
 
 def task1_loss(model, x, y):
     """Task 1: CE of the random head plus CE of the balanced head. x [n,3,H,W], y [n].
 
-    The published code passes the batch twice, once for each head; BatchNorm is told so.
+    The published code passes the batch twice, once for each head; BatchNorm accounts for that.
     """
     features = model.features(x, groups=((len(x), 2),))
     return sum(F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True))
 
 
-def KD_loss(model, k, sub, random, new, old, unlabeled=None):
+def kd_loss(model, k, sub, random, new, old, unlabeled=None):
     """Task k > 1: the loss of one step over its four sub-batches.
 
     random, new, old: (x [n,3,H,W], y [n]); unlabeled: (x, logits [n,(k-1)c], logits_main), or None
     with --no_teaching: then nothing is distilled.
-    sub: a quarter of the batch size, which sets the weights of the balanced losses whatever the
-    sub-batches hold. All four pass together, and BatchNorm sees each apart, in this order; the
-    published code passes the unlabeled one twice, once for each kind of heads.
+    sub: a quarter of the batch size. It sets the weights of the balanced losses, whatever the
+    sub-batches hold. All four pass together, and BatchNorm normalizes each separately, in this
+    order; the published code passes the unlabeled one twice, once for each kind of heads.
     """
     (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
     images = [x, x_new, x_old]
@@ -99,112 +117,189 @@ def KD_loss(model, k, sub, random, new, old, unlabeled=None):
     if unlabeled:
         unlabeled_main = model.logits(*of_unlabeled, k - 1, main_fc=True)
         balanced = balanced + distillation(unlabeled_main, stored_main)
-    return loss + 0.5 * balanced
+    return loss + BALANCED_WEIGHT * balanced
 
 
 # ------------------------------------------------------------------------------ an epoch
 
 
-def random_batch(args, t):
-    """How many images a random batch holds: all of the batch for task 1, then a quarter of it."""
+def random_batch_size(args, t):
+    """Images in a random batch: the whole batch in task 1, a quarter of it later."""
     return args.batch_size if t == 1 else args.batch_size // 4
 
 
-def train(model, optimizer, task, data, args, step, epoch, skip=0):
-    """An epoch of task 1: one pass over its images. Yields (loss, number of images) per step.
+def batches_per_epoch(task, args):
+    """Optimizer steps of an epoch: one pass of the random batches."""
+    return -(-len(task.random[0]) // random_batch_size(args, task.t))
 
-    skip: so many steps of it were taken before.
+
+def batches(task, args, step, epoch):
+    """The batches of an epoch, one for each optimizer step: the arguments of the loss.
+
+    Task 1: x and y of one pass over its images. Task k > 1: the random, new, old and unlabeled
+    sub-batches; one pass of the random ones is an epoch, the others start over when they run out.
     """
-    model.train()
-    generator = utils.stream(args.seed, step, epoch, "random")
-    batches = dataset.one_pass(task.random, random_batch(args, 1), data, generator)
-    for x, y in islice(batches, skip, None):
-        loss = task1_loss(model, x, y)
-        descend(loss, optimizer)
-        yield loss.detach(), len(x)
-
-
-def train_KD(model, optimizer, task, data, args, step, epoch, skip=0):
-    """An epoch of task t > 1: one pass of the random batches, the other three as long as it lasts.
-
-    Those begin a new pass whenever one ends. Yields (loss, number of images) per step.
-    skip: so many steps of it were taken before.
-    """
-    model.train()
-    k, sub = task.t, random_batch(args, task.t)
+    data, k, sub = task.data, task.t, random_batch_size(args, task.t)
     key = (args.seed, step, epoch)
     random = dataset.one_pass(task.random, sub, data, utils.stream(*key, "random"))
-    new = dataset.endless(task.new, sub // k, data, *key, "new")
-    old = dataset.endless(task.old, sub * (k - 1) // k, data, *key, "old")
-    streams = [random, new, old]
+    if k == 1:
+        return random
+    streams = [
+        random,
+        dataset.endless(task.new, sub // k, data, *key, "new"),
+        dataset.endless(task.old, sub * (k - 1) // k, data, *key, "old"),
+    ]
     if task.unlabeled:
         streams.append(
             dataset.endless(task.unlabeled, sub, data, *key, "unlabeled", augmented=False)
         )
-    for batches in islice(zip(*streams), skip, None):
-        loss = KD_loss(model, k, sub, *batches)
-        descend(loss, optimizer)
-        yield loss.detach(), sum(len(x) for x, *_ in batches)
+    return zip(*streams)
 
 
-def descend(loss, optimizer):
-    """One step of the optimizer down the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+def train_epoch(model, optimizer, task, args, step, progress):
+    """Train from where `progress` stands to the end of its epoch; yields after each batch."""
+    model.train()
+    k, sub = task.t, random_batch_size(args, task.t)
+    for batch in islice(batches(task, args, step, progress.epoch), progress.batch, None):
+        loss = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, *batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        progress.batch += 1
+        progress.total_loss = progress.total_loss + loss.detach()
+        progress.images += len(batch[0]) if k == 1 else sum(len(part[0]) for part in batch)
+        yield
 
 
-def extract(model, images, data, args, words=None):
+# ------------------------------------------------------------------------------ evaluation
+
+
+def extract_features(model, images, data, batch_size, desc=None):
     """Features [n,d] of images (uint8 [n,H,W,3]) in eval mode, without augmentation.
 
-    words: what the progress bar says; None: no bar.
+    desc: text of the progress bar; None: no bar.
     """
     model.eval()
     with torch.no_grad():
-        chunks = images.split(args.batch_size)
         features = []
-        for chunk in tqdm(chunks, words, disable=None if words else True, leave=False):
-            features.append(model.features(dataset.normalise(chunk, data)))
-            utils.check_signals()
+        chunks = images.split(batch_size)
+        for chunk in tqdm(chunks, desc, disable=None if desc else True, leave=False):
+            features.append(model.features(dataset.normalize(chunk, data)))
+            check_signals()
         return torch.cat(features)
 
 
-def correct(model, images, labels, k, data, args):
-    """Which images the balanced heads 1..k tell right among all classes so far: bool [n]."""
-    features = extract(model, images, data, args)
+def correct_mask(model, images, labels, k, data, batch_size):
+    """Which images heads 1..k classify correctly among all classes so far: bool [n]."""
+    features = extract_features(model, images, data, batch_size)
     with torch.no_grad():
         return model.logits(features, k, main_fc=True).argmax(1) == labels
 
 
-def validate(model, part, t, data, args):
-    """Accuracy (percent) on the images of `part` (data.val or data.test) of tasks 1..t together."""
+def count_correct(model, part, t, data, batch_size):
+    """[correctly classified, all] images of `part` of each task 1..t, by heads 1..t: a list."""
     images, labels = data.of_tasks(part, 1, t)
-    return 100.0 * int(correct(model, images, labels, t, data, args).sum()) / len(labels)
-
-
-def test(model, part, t, data, args):
-    """Accuracies (percent) on the images of `part` of each task 1..t, by heads 1..t: a list."""
-    images, labels = data.of_tasks(part, 1, t)
-    right = correct(model, images, labels, t, data, args)
+    correct = correct_mask(model, images, labels, t, data, batch_size)
     tasks = labels // data.classes_per_classifier
-    counts = [(int(right[tasks == i].sum()), int((tasks == i).sum())) for i in range(t)]
-    return [100.0 * told / of for told, of in counts]
+    return [[int(correct[tasks == i].sum()), int((tasks == i).sum())] for i in range(t)]
+
+
+def percentages(counts):
+    """Accuracies in percent of tasks 1..t from count_correct(): a list."""
+    return [100.0 * correct / total for correct, total in counts]
+
+
+def pooled(counts):
+    """Accuracy in percent over the images of all tasks together, from count_correct()."""
+    return 100.0 * sum(correct for correct, _ in counts) / sum(total for _, total in counts)
+
+
+def validate(model, part, task, args):
+    """Accuracy (percent) on the images of `part` (data.val or data.test) of tasks 1..t together."""
+    return pooled(count_correct(model, part, task.t, task.data, args.batch_size))
+
+
+def evaluate_tasks(model, task, run, name, part="test"):
+    """count_correct() on data.<part> after a task, once in the life of the run; name: the model."""
+    data, batch_size = task.data, run.args.batch_size
+    step, images = f"{name}_{part}", getattr(data, part)
+    return run.cached(step, count_correct, model, images, task.t, data, batch_size)
 
 
 # ------------------------------------------------------------------------------ the loop
 
 
-class Fit(NamedTuple):
-    """What came of a loop; the last epoch's weights are in the model."""
+@dataclass
+class Plan:
+    """How train_task() trains."""
 
-    best: float  # accuracy in percent; -1 when none was taken
+    step: str  # name of this step of the run; its random streams derive from it
+    epochs: int
+    lr: float
+    milestones: list = ()  # epochs after which the learning rate is divided by 10
+    part: dict = None  # data.val or data.test, to validate on after each epoch; None: not at all
+    best_model: str = None  # file of the best epoch; None: it is not kept
+
+
+@dataclass
+class Progress:
+    """Where a loop stands; a progress file holds it with model and optimizer."""
+
+    epoch: int = 1  # the current one, and the batches done and the sum of the losses in it
+    batch: int = 0
+    total_loss: torch.Tensor = 0.0
+    best: float = -1.0  # accuracy in percent
+    best_epoch: int = 0
+    best_checkpoint: dict = None
+    images: int = 0  # of all epochs
+    training_seconds: float = 0.0  # of all epochs, without validation
+    seconds: float = 0.0
+    history: list = field(default_factory=list)  # [mean loss, accuracy or None] of each epoch
+
+    def to_checkpoint(self, model, optimizer):
+        """A dict for Run.save_progress()."""
+        state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return vars(self) | state
+
+    @classmethod
+    def from_checkpoint(cls, content, model, optimizer):
+        """The Progress in such a dict, with model and optimizer put where they were."""
+        pruning_utils.load_state(model, content.pop("state_dict"))
+        optimizer.load_state_dict(content.pop("optimizer"))
+        return cls(**content)
+
+    @classmethod
+    def keys(cls):
+        return {each.name for each in dataclasses.fields(cls)} | {"state_dict", "optimizer"}
+
+    def position(self, plan, task, args):
+        """Where it stands, in words."""
+        batches = batches_per_epoch(task, args)
+        return f"at epoch {self.epoch} of {plan.epochs}, after batch {self.batch} of {batches}"
+
+    def outcome(self):
+        """What is recorded of a finished loop."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "images_per_second": self.images / max(self.training_seconds, 1e-9),
+            "history": self.history,
+        }
+
+
+class Trained(NamedTuple):
+    """The outcome of train_task(); the last epoch's weights are in the model."""
+
+    best: float  # accuracy in percent; -1 when none was measured
     best_epoch: int
     seconds: float
-    images_per_second: float  # in training, validation aside
-    best_state: dict = None  # the best epoch's state dict, where a file was asked for
+    images_per_second: float  # in training, without validation
+    history: list  # [mean loss, accuracy in percent or None] of each epoch
+    best_state: dict = None  # the best epoch's state dict, if it was kept
 
-    def words(self):
-        """What of it goes into the records."""
+    def summary(self):
+        """What goes into the records."""
         return {
             "best_val": self.best,
             "best_epoch": self.best_epoch,
@@ -212,140 +307,117 @@ class Fit(NamedTuple):
         }
 
 
-def fit(
-    model,
-    task,
-    data,
-    run,
-    step,
-    epochs,
-    lr,
-    milestones=(),
-    optimizer=None,
-    part=None,
-    best_model=None,
-):
-    """Train `model` on `task` for `epochs` epochs, in place: the one loop of all scripts.
+def train_task(model, task, run, step, best_model=None):
+    """Train a task with all its epochs and log the outcome. Returns a Trained.
 
-    step: the name of this step of the run; its random streams derive from it. If the run has it
-    done already, model and optimizer are put where it left them; if it was broken off, it goes on
-    from the last checkpoint, bit for bit as if nothing had been.
-    optimizer: one to go on with; None: a new one. part: data.val or data.test, on whose images of
-    all classes so far the accuracy is taken after every epoch; None: not at all.
-    The last epoch goes to the file '<step>_checkpoint.pt'; best_model: a file for the best one
-    (strictly better, so that a tie keeps the earlier), or None. Returns a Fit. Raises Refusal when
-    loss or weights are no longer finite.
+    best_model: name of the best epoch's file, by default '<step>_best_model.pt'.
     """
-    optimizer = optimizer or make_optimizer(model, run.args, lr)
-    checkpoint = f"{step}_checkpoint.pt"
-    if run.done(step):
+    args = run.args
+    best_model = best_model or f"{step}_best_model.pt"
+    plan = Plan(step, args.epochs, args.lr, args.decreasing_lr, task.data.val, best_model)
+    result = run_epochs(model, task, run, plan)
+    run.log(
+        f"{step}: {args.epochs} epochs in {result.seconds:.0f} s "
+        f"({result.images_per_second:.0f} images/s), "
+        f"best val accuracy {result.best:.2f} % at epoch {result.best_epoch}"
+    )
+    return result
+
+
+def retrain(model, task, run, step, part=None, optimizer=None):
+    """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns a Trained."""
+    plan = Plan(step, run.args.iter_epochs, run.args.lr / 100, part=part)
+    return run_epochs(model, task, run, plan, optimizer)
+
+
+def run_epochs(model, task, run, plan, optimizer=None):
+    """Train `model` on `task` in place, epoch after epoch: the one loop of all scripts.
+
+    If the run has done this step, model and optimizer are put where it left them; if it was
+    interrupted in it, it resumes from the last checkpoint, bit for bit as if never interrupted.
+    optimizer: one to continue with; None: a new one. The last epoch goes to
+    '<step>_checkpoint.pt', the best (strictly better: a tie keeps the earlier) to plan.best_model.
+    Raises UserError when the loss or the weights are no longer finite.
+    """
+    optimizer = optimizer or make_optimizer(model, run.args, plan.lr)
+    checkpoint = f"{plan.step}_checkpoint.pt"
+    if run.done(plan.step):
         last = run.load(checkpoint)
         pruning_utils.load_state(model, last["state_dict"])
         optimizer.load_state_dict(last["optimizer"])
     else:
-        with utils.hold_signals():
-            at = go_through(
-                model, task, data, run, step, epochs, milestones, optimizer, part, bool(best_model)
-            )
-            run.keep(checkpoint, utils.save, contents(model, optimizer, epochs, at.best))
-            if best_model:
-                run.keep(best_model, utils.save, at.best_contents)
-            run.finish(
-                step,
-                *filter(None, (checkpoint, best_model)),
-                best=at.best,
-                best_epoch=at.best_epoch,
-                seconds=at.seconds,
-                images_per_second=at.images / at.training,
-            )
-    best_state = run.load(best_model)["state_dict"] if best_model else None
-    return Fit(**run.result(step), best_state=best_state)
+        with hold_signals():
+            progress = resume(model, optimizer, task, run, plan)
+            with watched(model, optimizer, task, run, plan, progress) as (after_batch, after_epoch):
+                while progress.epoch <= plan.epochs:
+                    set_learning_rate(optimizer, plan, progress.epoch)
+                    epoch = train_epoch(model, optimizer, task, run.args, plan.step, progress)
+                    for _ in timed(epoch, progress):
+                        after_batch()
+                    finish_epoch(model, optimizer, task, run, plan, progress)
+                    after_epoch()
+            if not plan.epochs and plan.part is not None:  # pruned without retraining
+                progress.best = validate(model, plan.part, task, run.args)
+            last = checkpoint_dict(model, optimizer, plan.epochs, progress.best)
+            run.save(checkpoint, save_checkpoint, last)
+            if plan.best_model:
+                run.save(plan.best_model, save_checkpoint, progress.best_checkpoint)
+            files = filter(None, (checkpoint, plan.best_model))
+            run.finish(plan.step, *files, **progress.outcome())
+    best_state = run.load(plan.best_model)["state_dict"] if plan.best_model else None
+    return Trained(**run.result(plan.step), best_state=best_state)
 
 
-def go_through(model, task, data, run, step, epochs, milestones, optimizer, part, keep_best):
-    """The epochs of fit() that are not done yet. Returns how far it came, with the best epoch.
+def resume(model, optimizer, task, run, plan):
+    """Where the loop was when it was interrupted; at the start if it was not."""
+    content = run.progress(plan.step, Progress.keys())
+    if not content:
+        return Progress()
+    progress = Progress.from_checkpoint(content, model, optimizer)
+    print(f"{plan.step}: resumes {progress.position(plan, task, run.args)}", flush=True)
+    return progress
 
-    A signal ends it after the current batch, or within a validation, when all is stored.
-    """
-    args, device = run.args, next(model.parameters()).device
-    run_epoch = train if task.t == 1 else train_KD
-    steps = -(-len(task.random[0]) // random_batch(args, task.t))
-    at = SimpleNamespace(
-        epoch=1,  # the one that it is in, and the batches done and the sum of the losses in it
-        batch=0,
-        total=torch.zeros((), device=device),
-        best=-1.0,
-        best_epoch=0,
-        best_contents=None,
-        images=0,  # of all epochs
-        training=0.0,  # seconds of all epochs, validation aside
-        seconds=0.0,
-    )
-    if stored := run.progress(step, {*vars(at), "state_dict", "optimizer"}):
-        pruning_utils.load_state(model, stored.pop("state_dict"))
-        optimizer.load_state_dict(stored.pop("optimizer"))
-        vars(at).update(stored, total=stored["total"].to(device))
-        print(f"{step}: goes on {where(at, epochs, steps)}", flush=True)
-    saved = said = time.monotonic()
-    began = saved - at.seconds
 
-    def store():
-        refuse_not_finite(model, at, step, args, optimizer)
-        at.seconds = time.monotonic() - began
-        now = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save_progress(step, vars(at) | now)
+def set_learning_rate(optimizer, plan, epoch):
+    """plan.lr, divided by 10 for each milestone before this epoch."""
+    lr = plan.lr
+    for _ in filter(lambda milestone: milestone < epoch, plan.milestones):
+        lr *= 0.1  # one after the other, as MultiStepLR rounds
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
-    done = (at.epoch - 1) * steps + at.batch
+
+def finish_epoch(model, optimizer, task, run, plan, progress):
+    """Validate, keep the best epoch so far, and advance to the next one."""
+    check_finite(model, optimizer, plan, run.args, progress)
     accuracy = None
-    with tqdm(
-        total=epochs * steps, initial=done, desc=step, unit="batch", disable=None, leave=False
-    ) as bar:
-        try:
-            while at.epoch <= epochs:
-                mark = time.monotonic()
-                for loss, count in run_epoch(
-                    model, optimizer, task, data, args, step, at.epoch, skip=at.batch
-                ):
-                    at.total, at.images, at.batch = at.total + loss, at.images + count, at.batch + 1
-                    bar.update()
-                    if not bar.disable and at.batch % args.print_freq == 0:
-                        bar.set_postfix(loss=at.total.item() / at.batch, accuracy=accuracy)
-                    now = time.monotonic()
-                    at.training, mark = at.training + now - mark, now
-                    if now - saved >= args.checkpoint_seconds:
-                        store()
-                        saved = mark = time.monotonic()
-                    utils.check_signals()
-                refuse_not_finite(model, at, step, args, optimizer)
-                mean_loss = at.total.item() / at.batch
-                at.training += time.monotonic() - mark
-                if part is not None:
-                    accuracy = validate(model, part, task.t, data, args)
-                    if accuracy > at.best:
-                        at.best, at.best_epoch = accuracy, at.epoch
-                        if keep_best:
-                            best = contents(model, optimizer, at.epoch, accuracy)
-                            at.best_contents = copy.deepcopy(best)
-                if not bar.disable:
-                    bar.set_postfix(loss=mean_loss, accuracy=accuracy)
-                for group in optimizer.param_groups:  # its state remembers the learning rate
-                    group["lr"] *= 0.1 ** list(milestones).count(at.epoch)
-                at.epoch, at.batch, at.total = at.epoch + 1, 0, torch.zeros_like(at.total)
-                if bar.disable and time.monotonic() - said > WORD_SECONDS:
-                    words = f"{step}: epoch {at.epoch - 1}/{epochs}, loss {mean_loss:.3f}"
-                    words += f", accuracy {accuracy:.2f} %" if part is not None else ""
-                    print(f"{words}, {at.images / at.training:.0f} images/s", flush=True)
-                    said = time.monotonic()
-        except utils.Interrupted as end:
-            store()
-            end.where = f", {step} is stored {where(at, epochs, steps)}"
-            raise
-    at.seconds = time.monotonic() - began
-    return at
+    if plan.part is not None:
+        accuracy = validate(model, plan.part, task, run.args)
+        if accuracy > progress.best:
+            progress.best, progress.best_epoch = accuracy, progress.epoch
+            if plan.best_model:
+                best = checkpoint_dict(model, optimizer, progress.epoch, accuracy)
+                progress.best_checkpoint = copy.deepcopy(best)
+    progress.history.append([float(progress.total_loss) / progress.batch, accuracy])
+    progress.epoch, progress.batch, progress.total_loss = progress.epoch + 1, 0, 0.0
 
 
-def contents(model, optimizer, epoch, best):
-    """What a checkpoint holds, with the published names; epoch counts from 1."""
+def check_finite(model, optimizer, plan, args, progress):
+    """Raise UserError when the losses so far or the model are infinite or NaN."""
+    tensors = [torch.as_tensor(progress.total_loss)]
+    tensors += [each for each in model.state_dict().values() if each.is_floating_point()]
+    if not all(bool(each.isfinite().all()) for each in tensors):
+        loss = float(progress.total_loss) / max(1, progress.batch)
+        rate = optimizer.param_groups[0]["lr"]
+        raise UserError(
+            f"{plan.step}, epoch {progress.epoch}: loss or weights are not finite (mean loss "
+            f"{loss:g}) at a learning rate of {rate:g}; --lr {args.lr:g} is too high here, give a "
+            f"lower one"
+        )
+
+
+def checkpoint_dict(model, optimizer, epoch, best):
+    """What a checkpoint holds, under the published names; epoch counts from 1."""
     return {
         "epoch": epoch,
         "state_dict": model.state_dict(),
@@ -354,49 +426,70 @@ def contents(model, optimizer, epoch, best):
     }
 
 
-def where(at, epochs, steps):
-    """Words on how far a loop is."""
-    return f"at epoch {at.epoch} of {epochs}, after batch {at.batch} of {steps}"
+# ------------------------------------------------------------------------------ around the epochs
 
 
-def refuse_not_finite(model, at, step, args, optimizer):
-    """Raise a Refusal when the losses so far or the model have become infinite or NaN."""
-    tensors = [at.total, *(t for t in model.state_dict().values() if t.is_floating_point())]
-    if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
-        loss, rate = at.total.item() / max(1, at.batch), optimizer.param_groups[0]["lr"]
-        raise Refusal(
-            f"{step}, epoch {at.epoch}: loss or weights are not finite (mean loss {loss:g}) at a "
-            f"learning rate of {rate:g}; --lr {args.lr:g} is too high here, give a lower one"
-        )
+def timed(epoch, progress):
+    """The steps of train_epoch(), whose seconds are added up without what comes between them."""
+    finished = False
+    while not finished:
+        start = time.monotonic()
+        finished = next(epoch, StopIteration) is StopIteration
+        if finished:
+            float(progress.total_loss)  # waits for the device
+        progress.training_seconds += time.monotonic() - start
+        if not finished:
+            yield
 
 
-def train_task(model, task, data, run, step, best_model=None):
-    """Train a task with all its epochs (METHOD.md section 4) and say how it went. Returns the Fit.
+@contextlib.contextmanager
+def watched(model, optimizer, task, run, plan, progress):
+    """The progress bar, checkpoints and signals around a loop.
 
-    best_model: name of the best epoch's file, if not '<step>_best_model.pt'.
+    Gives two functions, to be called after each batch and after each epoch. A signal ends the loop
+    after the current batch, or within a validation; then all is saved.
     """
-    args = run.args
-    result = fit(
-        model,
-        task,
-        data,
-        run,
-        step,
-        args.epochs,
-        args.lr,
-        args.decreasing_lr,
-        part=data.val,
-        best_model=best_model or f"{step}_best_model.pt",
-    )
-    run.say(
-        f"{step}: {args.epochs} epochs in {result.seconds:.0f} s "
-        f"({result.images_per_second:.0f} images/s), "
-        f"best val accuracy {result.best:.2f} % at epoch {result.best_epoch}"
-    )
-    return result
+    args, batches = run.args, batches_per_epoch(task, run.args)
+    last_saved = last_logged = time.monotonic()
+    start = last_saved - progress.seconds
 
+    def save():
+        nonlocal last_saved
+        check_finite(model, optimizer, plan, args, progress)
+        progress.seconds = time.monotonic() - start
+        run.save_progress(plan.step, progress.to_checkpoint(model, optimizer))
+        last_saved = time.monotonic()
 
-def retrain(model, task, data, run, step, part=None, optimizer=None):
-    """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns the Fit."""
-    epochs, lr = run.args.iter_epochs, run.args.lr / 100
-    return fit(model, task, data, run, step, epochs, lr, optimizer=optimizer, part=part)
+    def after_batch():
+        bar.update()
+        if not bar.disable and progress.batch % args.print_freq == 0:
+            bar.set_postfix(loss=float(progress.total_loss) / progress.batch)
+        if time.monotonic() - last_saved >= args.checkpoint_seconds:
+            save()
+        check_signals()
+
+    def after_epoch():
+        nonlocal last_logged
+        loss, accuracy = progress.history[-1]
+        if not bar.disable:
+            bar.set_postfix(loss=loss, accuracy=accuracy)
+        elif time.monotonic() - last_logged > LOG_SECONDS:
+            of_val = "" if accuracy is None else f", accuracy {accuracy:.2f} %"
+            speed = progress.images / progress.training_seconds
+            done = f"{plan.step}: epoch {progress.epoch - 1}/{plan.epochs}"
+            print(f"{done}, loss {loss:.3f}{of_val}, {speed:.0f} images/s", flush=True)
+            last_logged = time.monotonic()
+
+    steps = {
+        "total": plan.epochs * batches,
+        "initial": (progress.epoch - 1) * batches + progress.batch,
+    }
+    with tqdm(desc=plan.step, unit="batch", disable=None, leave=False, **steps) as bar:
+        try:
+            yield after_batch, after_epoch
+        except Interrupted as interrupt:
+            save()
+            position = progress.position(plan, task, args)
+            interrupt.position = f", {plan.step} is saved {position}"
+            raise
+    progress.seconds = time.monotonic() - start

@@ -1,15 +1,15 @@
-"""The published way to compute and ours, side by side.
+"""Compare the speed of the published computation with ours.
 
-    python benchmarks/bench.py                       all rows; on 2 cores, about half an hour
+    python benchmarks/bench.py                       all rows; about half an hour on 2 cores
     python benchmarks/bench.py --rows kd_step,prune  some of them
-    python benchmarks/bench.py --out bench.json      the figures as JSON too
+    python benchmarks/bench.py --out bench.json      write the times as JSON too
 
-Each way (published, ours in fp32, ours in bf16 where that makes a difference) of each row has a
-process of its own; they take turns, and a figure is the median of the turns. The data are random
-pixels: times do not depend on what is in them. On a CPU an epoch is run for a few batches only:
-the time to the first one, when the workers start, and so many times that of a further one as an
-epoch has. Ours includes what our scripts tell the C library (utils.keep_freed_memory), which a
-published program does not; NOTES.md says what that alone is worth.
+Each row is measured in up to three ways: published, ours in fp32, and ours in bf16 where that makes
+a difference. Each way has its own process; they take turns, and the result is the median. The
+images are random pixels, on which the time does not depend. On a CPU only a few batches of an epoch
+are run: an epoch's time is that of the first batch, with the start of the workers, plus that of
+another one times their number. Ours includes runtime.process.keep_freed_memory, as in our scripts;
+NOTES.md says what it gains by itself.
 """
 
 import functools
@@ -33,6 +33,13 @@ import pruning_utils
 import teaching
 import trainer
 import utils
+from datasets import DATASETS
+from models import BACKBONES
+from runtime import cli
+from runtime.errors import UserError
+from runtime.files import save_text
+from runtime.process import keep_freed_memory, run_script
+from runtime.run import device_name
 
 WAYS = "published", "ours_fp32", "ours_bf16"
 TASKS, CLASSES, TRAIN, VAL, POOL = 5, 2, 4500, 500, 50_000  # CIFAR-10
@@ -40,7 +47,7 @@ TASKS, CLASSES, TRAIN, VAL, POOL = 5, 2, 4500, 500, 50_000  # CIFAR-10
 
 def make_args(way, width, tasks=TASKS):
     """The defaults of the scripts."""
-    parser = utils.make_parser("", "")
+    parser = cli.training_parser("", "", DATASETS, BACKBONES)
     args = parser.parse_args(["--width", str(width), "--classifiers", str(tasks)])
     args.classes_per_classifier = CLASSES
     args.precision = "bf16" if way == "ours_bf16" else "fp32"
@@ -48,7 +55,7 @@ def make_args(way, width, tasks=TASKS):
 
 
 def make_data(device, tasks=TASKS, per_class=TRAIN):
-    """A set of CIFAR-10's sizes, of random pixels."""
+    """A set of random pixels, as large as CIFAR-10."""
     generator = torch.Generator().manual_seed(0)
 
     def part(n):
@@ -58,7 +65,7 @@ def make_data(device, tasks=TASKS, per_class=TRAIN):
             for c in range(tasks * CLASSES)
         }
 
-    facts = dataset.DATASETS["cifar10"]
+    spec = DATASETS["cifar10"]
     train = part(per_class)
     return dataset.Data(
         source="random",
@@ -70,66 +77,77 @@ def make_data(device, tasks=TASKS, per_class=TRAIN):
         test={},
         exemplars={c: images[:100] for c, images in train.items()},
         pool=part(1)[0],
-        mean=torch.tensor(facts.mean, device=device).view(3, 1, 1),
-        std=torch.tensor(facts.std, device=device).view(3, 1, 1),
-        pad=facts.pad,
+        mean=torch.tensor(spec.mean, device=device).view(3, 1, 1),
+        std=torch.tensor(spec.std, device=device).view(3, 1, 1),
+        pad=spec.pad,
     )
 
 
 def make_network(way, args, device, masked):
-    """The network with its optimizer, under a mask of 64 % (after two prunings) or dense."""
+    """The network and its optimizer, under a mask of 64 % (two prunings) or dense."""
     model = trainer.make_model(args, device).train()
-    if masked:
-        masks = pruning_utils.masks_of(model)
-        for _ in range(2):
-            masks = pruning_utils.prune(pruning_utils.weights(model), masks, 0.2)
-        pruning_utils.apply_mask(model, masks)
+    for _ in range(2 * masked):
+        prune_once(model)
     optimizer = trainer.make_optimizer(model, args, args.lr)
     return published.plain(model) if way == "published" else model, optimizer
 
 
+def prune_once(model):
+    """A pruning of 20 % by magnitude."""
+    scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+    masks = pruning_utils.prune(scores, pruning_utils.masks_of(model), 0.2)
+    pruning_utils.apply_mask(model, masks)
+
+
 def make_unlabeled(n, t, device):
-    """Queried images as ours stores them (uint8), with logits of the heads before t."""
+    """Queried images as we store them (uint8), with logits of the heads before t."""
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
     return images.permute(0, 2, 3, 1), *torch.randn(2, n, (t - 1) * CLASSES, device=device)
 
 
 def timed(device, work):
-    """The seconds that work() takes, with all that it set going on the device."""
-    synchronise(device)
-    began = time.perf_counter()
+    """The seconds that work() takes, including what it starts on the device."""
+    synchronize(device)
+    start = time.perf_counter()
     work()
-    synchronise(device)
-    return time.perf_counter() - began
+    synchronize(device)
+    return time.perf_counter() - start
 
 
-def synchronise(device):
+def synchronize(device):
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def timed_step(device, steps, step):
-    """The mean seconds of all `steps` steps but the first: after its wait, a process is slow."""
+    """Mean seconds of `steps` steps without the first, which is slow after a wait."""
     step()
     return timed(device, lambda: [step() for _ in range(steps - 1)]) / (steps - 1)
 
 
+def descend(optimizer, loss):
+    """An optimizer step, as in trainer.train_epoch."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
 # ------------------------------------------------------------------------------ the rows
 #
-# Each takes (way, width, device) and returns a function that does the work once and returns its
-# seconds.
+# Each takes (way, width, device) and returns a function that does the work once and returns the
+# seconds it took.
 
 
 def task1_step(way, width, device):
     args, data = make_args(way, width), make_data(device, per_class=200)
     model, optimizer = make_network(way, args, device, masked=False)
     images, y = data.of_tasks(data.train, 1, 1)
-    x, y = dataset.normalise(images[: args.batch_size], data), y[: args.batch_size]
+    x, y = dataset.normalize(images[: args.batch_size], data), y[: args.batch_size]
     if way == "published":
         x = x.contiguous()
         return lambda: timed_step(device, 3, lambda: published.task1_step(model, optimizer, x, y))
     return lambda: timed_step(
-        device, 3, lambda: trainer.descend(trainer.task1_loss(model, x, y), optimizer)
+        device, 3, lambda: descend(optimizer, trainer.task1_loss(model, x, y))
     )
 
 
@@ -137,12 +155,13 @@ def kd_step(way, width, device, t=3):
     args = make_args(way, width, max(t, TASKS))
     data = make_data(device, max(t, TASKS), per_class=200)
     model, optimizer = make_network(way, args, device, masked=True)
-    sub = trainer.random_batch(args, t)
+    sub = trainer.random_batch_size(args, t)
     task = trainer.make_task(data, t, make_unlabeled(sub, t, device))
+    parts = task.random, task.new, task.old, task.unlabeled
     sizes = sub, sub // t, sub * (t - 1) // t, sub
     batches = [
-        (dataset.normalise(images[:size], data), *(other[:size] for other in others))
-        for (images, *others), size in zip(task[1:], sizes)
+        (dataset.normalize(images[:size], data), *(other[:size] for other in others))
+        for (images, *others), size in zip(parts, sizes)
     ]
     if way == "published":
         batches = [[tensor.contiguous() for tensor in batch] for batch in batches]
@@ -150,14 +169,14 @@ def kd_step(way, width, device, t=3):
             device, 6, lambda: published.kd_step(model, optimizer, t, sub, *batches)
         )
     return lambda: timed_step(
-        device, 6, lambda: trainer.descend(trainer.KD_loss(model, t, sub, *batches), optimizer)
+        device, 6, lambda: descend(optimizer, trainer.kd_loss(model, t, sub, *batches))
     )
 
 
 def epoch_seconds(device, steps, number, batches):
-    """The seconds of an epoch of `steps` steps, from the first `number` of them.
+    """The seconds of an epoch of `steps` steps, estimated from the first `number` of them.
 
-    batches: an iterator that does a step each time.
+    batches: an iterator that takes a step each time.
     """
 
     def some(n):
@@ -174,7 +193,7 @@ def task1_epoch(way, width, device):
     args, data = make_args(way, width), make_data(device)
     model, optimizer = make_network(way, args, device, masked=False)
     task = trainer.make_task(data, 1, None)
-    steps = -(-len(task.random[0]) // args.batch_size)
+    steps = trainer.batches_per_epoch(task, args)
     number = 3 if device.type == "cpu" else steps
     images = published.Images(*to_cpu(task.random), data, True) if way == "published" else None
     epoch = itertools.count(1)
@@ -183,7 +202,8 @@ def task1_epoch(way, width, device):
         if way == "published":
             batches = published.task1_epoch(model, optimizer, images, args.batch_size, device)
         else:
-            batches = trainer.train(model, optimizer, task, data, args, "task1", next(epoch))
+            progress = trainer.Progress(epoch=next(epoch))
+            batches = trainer.train_epoch(model, optimizer, task, args, "task1", progress)
         return epoch_seconds(device, steps, number, batches)
 
     return work
@@ -192,10 +212,10 @@ def task1_epoch(way, width, device):
 def kd_epoch(way, width, device, t=3):
     args, data = make_args(way, width), make_data(device)
     model, optimizer = make_network(way, args, device, masked=True)
-    sub = trainer.random_batch(args, t)
+    sub = trainer.random_batch_size(args, t)
     queried = 50 * 100 * CLASSES * (t - 1)
     task = trainer.make_task(data, t, make_unlabeled(queried, t, device))
-    steps = -(-len(task.random[0]) // sub)
+    steps = trainer.batches_per_epoch(task, args)
     number = 6 if device.type == "cpu" else steps
     if way == "published":
         random, new, old = (
@@ -203,7 +223,7 @@ def kd_epoch(way, width, device, t=3):
             for part in (task.random, task.new, task.old)
         )
         images, *logits = task.unlabeled
-        stored = torch.cat([dataset.normalise(x, data).cpu() for x in images.split(1000)])
+        stored = torch.cat([dataset.normalize(x, data).cpu() for x in images.split(1000)])
         unlabeled = published.Queried(stored.contiguous(), *to_cpu(logits))
     epoch = itertools.count(1)
 
@@ -213,7 +233,8 @@ def kd_epoch(way, width, device, t=3):
                 model, optimizer, t, sub, random, new, old, unlabeled, device
             )
         else:
-            batches = trainer.train_KD(model, optimizer, task, data, args, f"task{t}", next(epoch))
+            progress = trainer.Progress(epoch=next(epoch))
+            batches = trainer.train_epoch(model, optimizer, task, args, f"task{t}", progress)
         return epoch_seconds(device, steps, number, batches)
 
     return work
@@ -239,13 +260,8 @@ def prune(way, width, device):
         if way == "published":  # the second round: under a mask, as nearly all are
             published.prune(model, 0.2)
             return timed(device, lambda: published.prune(model, 0.2))
-
-        def ours():
-            weights, masks = pruning_utils.weights(model), pruning_utils.masks_of(model)
-            pruning_utils.apply_mask(model, pruning_utils.prune(weights, masks, 0.2))
-
-        ours()
-        return timed(device, ours)
+        prune_once(model)
+        return timed(device, lambda: prune_once(model))
 
     return work
 
@@ -257,19 +273,20 @@ def validate(way, width, device, t=2):
         images = published.Images(*to_cpu(data.of_tasks(data.val, 1, t)), data, False)
         size = args.batch_size
         return lambda: timed(device, lambda: published.validate(model, images, t, size, device))
-    return lambda: timed(device, lambda: trainer.validate(model, data.val, t, data, args))
+    task = trainer.make_task(data, t, None)
+    return lambda: timed(device, lambda: trainer.validate(model, data.val, task, args))
 
 
 ROWS = {
     row.__name__: row
     for row in (task1_step, kd_step, task1_epoch, kd_epoch, query, prune, validate)
 }
-# how things grow with the number of tasks: the last of T, two classes and 200 exemplars each
+# growth with the number of tasks: the last of T tasks, with two classes and 200 exemplars each
 for tasks in (5, 10, 20):
     ROWS[f"kd_step_T{tasks}"] = functools.partial(kd_step, t=tasks)
 for tasks in (5, 10, 20):
     ROWS[f"query_T{tasks}"] = functools.partial(query, exemplars=100 * CLASSES * (tasks - 1))
-# as large as it gets; with 15 each, no exemplar finds the pool empty
+# the largest case; with 15 images for each exemplar, the pool does not run out
 ROWS["query_large"] = functools.partial(query, exemplars=10_000, pool=150_000, num=15)
 
 
@@ -277,8 +294,8 @@ ROWS["query_large"] = functools.partial(query, exemplars=10_000, pool=150_000, n
 
 
 def peak_gib(device):
-    """The most memory so far, in GiB: of this process (without its data-loading children), or
-    of tensors on a GPU."""
+    """Peak memory so far, in GiB: of this process (without its data-loading children), or of
+    tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -288,9 +305,9 @@ def peak_gib(device):
 
 
 def serve(pipe, name, way, width, device):
-    """One way of a row, in a process of its own: does the work each time that it is asked."""
+    """One way of a row, in its own process: does the work each time that it is asked."""
     if way != "published":  # as our scripts do when they start
-        utils.keep_freed_memory()
+        keep_freed_memory()
     torch.manual_seed(0)
     work = ROWS[name](way, width, device)
     before = peak_gib(device)
@@ -300,22 +317,22 @@ def serve(pipe, name, way, width, device):
 
 
 def ways_of(name):
-    """The ways in which a row is done."""
+    """The ways in which a row is measured."""
     if name in ("query", "prune"):  # --precision changes nothing here
         return WAYS[:2]
-    return WAYS[1:2] if name.startswith("query_") else WAYS  # minutes and minutes as published
+    return WAYS[1:2] if name.startswith("query_") else WAYS  # the published query takes minutes
 
 
 def answer(pipe):
-    """What the process at the other end says. Raises Refusal when it has ended."""
+    """What the process at the other end sends. Raises UserError when it has ended."""
     try:
         return pipe.recv()
     except EOFError:
-        raise utils.Refusal("a process of the benchmark has ended, see above") from None
+        raise UserError("a process of the benchmark has ended, see above") from None
 
 
 def measure(name, width, device, repeats, bar):
-    """The row `name`: medians of seconds, ratios and peak memory of the ways."""
+    """The row `name`: median seconds, ratios and peak memory of the ways."""
     spawn = multiprocessing.get_context("spawn")
     ways = ways_of(name)
     pipes, processes, figures = {}, [], {way: [] for way in ways}
@@ -325,7 +342,7 @@ def measure(name, width, device, repeats, bar):
         process.start()
         end.close()
         processes.append(process)
-        answer(pipes[way])  # one after the other: threads of two would slow each other down
+        answer(pipes[way])  # one at a time, since their threads would slow each other down
     for _ in range(repeats):
         for way in ways:
             bar.set_postfix_str(f"{name} {way}")
@@ -350,7 +367,7 @@ def measure(name, width, device, repeats, bar):
 
 
 def table(rows):
-    """The rows as a Markdown table. Memory: GiB before the work and at its height, of each way."""
+    """The rows as a Markdown table. Memory: GiB before the work and at its peak, of each way."""
     lines = ["| row | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 | memory |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -367,29 +384,30 @@ def seconds(s):
 
 
 def main(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     flag = parser.add_argument
     flag("--device", default="auto", help="as in the scripts (default auto)")
-    flag("--width", type=utils.whole(1), default=64, metavar="N", help="default %(default)s")
-    flag("--out", metavar="FILE", help="write the figures there as JSON")
+    parser.set_defaults(gpu=0, deterministic=False)
+    flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
+    flag("--out", metavar="FILE", help="write the results as JSON")
     flag("--rows", metavar="A,B,..", help=f"default: {','.join(ROWS)}")
-    flag("--repeats", type=utils.whole(1), default=3, metavar="N", help="default %(default)s")
+    flag("--repeats", type=cli.int_range(1), default=3, metavar="N", help="default %(default)s")
     args = parser.parse_args(argv)
     names = args.rows.split(",") if args.rows else list(ROWS)
     for name in names:
         if name not in ROWS:
-            raise utils.Refusal(f"--rows {name}: unknown, give some of {', '.join(ROWS)}")
-    device = utils.pick_device(args.device)
+            raise UserError(f"--rows {name}: unknown, give some of {', '.join(ROWS)}")
+    device = utils.pick_device(args)
     results = {
-        "device": utils.device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "width": args.width,
         "rows": [],
     }
-    words = f"{results['device']}, {results['cpu']}, {results['threads']} CPU threads"
-    print(f"{words}, PyTorch {torch.__version__}", flush=True)
+    machine = f"{results['device']}, {results['cpu']}, {results['threads']} CPU threads"
+    print(f"{machine}, PyTorch {torch.__version__}", flush=True)
     turns = sum(len(ways_of(name)) for name in names) * args.repeats
     with tqdm(total=turns, disable=None, leave=False) as bar:
         for name in names:
@@ -398,9 +416,8 @@ def main(argv=None):
                 print(table(results["rows"][-1:]).splitlines()[-1], flush=True)
     print(table(results["rows"]))
     if args.out:
-        text = json.dumps(results, indent=1) + "\n"
-        utils.save_text(args.out, text)
+        save_text(args.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -1,8 +1,8 @@
-"""The published way to compute, built plainly from METHOD.md: what bench.py compares with.
+"""The published computation, written plainly from docs/METHOD.md, for bench.py to compare with.
 
-Images go through PIL in a Dataset, batches come from DataLoaders with two workers and pinned
-memory that start anew every epoch, each use of a sub-batch is a forward pass of its own, masks
-are those of torch.nn.utils.prune, and every batch ends with .item().
+Images go through PIL in a Dataset; batches come from DataLoaders with two workers and pinned
+memory, restarted every epoch; each use of a sub-batch is its own forward pass; masks are those of
+torch.nn.utils.prune; and every batch ends with .item().
 """
 
 import torch
@@ -14,7 +14,7 @@ from torchvision import transforms
 
 
 def plain(model):
-    """Our network, with the shortcuts' stride where the published code has it: in the layer."""
+    """Our ResNet18 with the stride of the shortcuts in their convolutions, as published."""
     for module in model.modules():
         if hasattr(module, "shortcut"):
             module.shortcut[0].stride = (module.stride, module.stride)
@@ -36,12 +36,12 @@ class Images(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, place):
-        return self.transform(Image.fromarray(self.images[place])), self.labels[place]
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 class Queried(Dataset):
-    """Queried images, float32 and normalised as they are stored, with the teacher's logits."""
+    """Queried images, stored in float32 and normalized, with the teacher's logits."""
 
     def __init__(self, images, logits, logits_main):
         self.tensors = images, logits, logits_main
@@ -49,12 +49,12 @@ class Queried(Dataset):
     def __len__(self):
         return len(self.tensors[0])
 
-    def __getitem__(self, place):
-        return tuple(tensor[place] for tensor in self.tensors)
+    def __getitem__(self, index):
+        return tuple(tensor[index] for tensor in self.tensors)
 
 
 def loader(images, batch_size, shuffle=True):
-    pin = torch.cuda.is_available()  # elsewhere it does nothing
+    pin = torch.cuda.is_available()  # has no effect elsewhere
     return DataLoader(images, batch_size, shuffle=shuffle, num_workers=2, pin_memory=pin)
 
 
@@ -66,7 +66,7 @@ def endless(batches):
 # ------------------------------------------------------------------------------ training
 
 
-def KD(logits, stored):
+def distillation(logits, stored):
     """Distillation at temperature 2; both [n,classes]."""
     soft = F.softmax(stored / 2, dim=1)
     return -4 * (soft * F.log_softmax(logits / 2, dim=1)).sum(1).mean()
@@ -91,8 +91,8 @@ def kd_step(model, optimizer, k, sub, random, new, old, unlabeled):
     loss = F.cross_entropy(model(x, k, main_fc=False), y)
     balanced = a * F.cross_entropy(model(x_new, k, main_fc=True), y_new)
     balanced = balanced + b * F.cross_entropy(model(x_old, k, main_fc=True), y_old)
-    loss = loss + KD(model(u, k - 1, main_fc=False), stored)
-    balanced = balanced + KD(model(u, k - 1, main_fc=True), stored_main)
+    loss = loss + distillation(model(u, k - 1, main_fc=False), stored)
+    balanced = balanced + distillation(model(u, k - 1, main_fc=True), stored_main)
     return step(optimizer, loss + 0.5 * balanced)
 
 
@@ -108,7 +108,10 @@ def task1_epoch(model, optimizer, images, batch_size, device):
 
 
 def kd_epoch(model, optimizer, k, sub, random, new, old, unlabeled, device):
-    """Yield after each step of an epoch of task k > 1. Three Images and a Queried."""
+    """Yield after each step of an epoch of task k > 1.
+
+    random, new, old: Images; unlabeled: a Queried.
+    """
     model.train()
     sizes = int(sub / k), int(sub * (k - 1) / k), sub
     others = [endless(loader(x, size)) for x, size in zip((new, old, unlabeled), sizes)]
@@ -119,12 +122,12 @@ def kd_epoch(model, optimizer, k, sub, random, new, old, unlabeled, device):
 def validate(model, images, k, batch_size, device):
     """Accuracy in percent by the balanced heads 1..k. images: an Images, not augmented."""
     model.eval()
-    right = 0
+    correct = 0
     with torch.no_grad():
         for batch in loader(images, batch_size, shuffle=False):
             x, y = to(device, batch)
-            right += (model(x, k, main_fc=True).argmax(1) == y).sum().item()
-    return 100 * right / len(images)
+            correct += (model(x, k, main_fc=True).argmax(1) == y).sum().item()
+    return 100 * correct / len(images)
 
 
 # ------------------------------------------------------------------------------ the rest
@@ -133,7 +136,7 @@ def validate(model, images, k, batch_size, device):
 def query(exemplars, pool, num):
     """Each exemplar in turn takes its `num` nearest pool rows not yet taken: int64 [m*num].
 
-    How the published code searches is not known here; this is the plain way to write it.
+    A plain brute-force search.
     """
     taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     selected = []
@@ -146,7 +149,7 @@ def query(exemplars, pool, num):
 
 
 def prune(model, percent):
-    """One pruning of all convolutions together."""
+    """Prune all convolutions together once."""
     torch_prune.global_unstructured(
         [(m, "weight") for m in model.modules() if isinstance(m, torch.nn.Conv2d)],
         pruning_method=torch_prune.L1Unstructured,

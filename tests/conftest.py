@@ -6,9 +6,10 @@ import processes
 import pytest
 import torch
 
-import dataset
 from dataset import Data
-from run import Run
+from datasets import prepare
+from models import build_model
+from runtime.run import Run
 
 
 @pytest.fixture
@@ -34,7 +35,12 @@ def args(tmp_path):
         width=4,
         seed=0,
         print_freq=50,
+        arch="resnet18",
         precision="fp32",
+        device="cpu",
+        gpu=0,
+        deterministic=False,
+        criterion="magnitude",
         checkpoint_seconds=60,
         overwrite=False,
     )
@@ -42,7 +48,7 @@ def args(tmp_path):
 
 @pytest.fixture
 def data():
-    """Six classes of random 16x16 images, of which class c leans to brightness 40*c."""
+    """Six classes of random 16x16 images; those of class c are about 40*c bright."""
     generator = torch.Generator().manual_seed(0)
 
     def part(per_class):
@@ -68,22 +74,22 @@ def data():
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The embedded digits, but 12 training images of each class."""
-    parts, pool, names = dataset.digits()
+    """The embedded digits, but 12 training images per class."""
+    parts, pool, meta = prepare.read_embedded("digits")
     counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
     few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
-    monkeypatch.setattr(dataset, "digits", lambda: (few, pool[:100], names))
+    monkeypatch.setattr(prepare, "read_embedded", lambda name: (few, pool[:100], meta))
 
 
 @pytest.fixture
 def run(args, data):
     """A run in an empty folder, with these arguments (as they are when it is used) and data."""
-    return Run("test", args, data, torch.device("cpu"))
+    return Run("test", args, data, build_model(args))
 
 
 @pytest.fixture(scope="session")
 def scripts():
-    """Runs scripts in processes of their own, see processes.py."""
+    """Runs scripts in separate processes, see processes.py."""
     server = processes.Server()
     yield server
     server.close()

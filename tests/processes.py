@@ -1,9 +1,9 @@
-"""The scripts as users run them, in processes of their own, without importing torch each time.
+"""The scripts as users run them, in separate processes, without importing torch each time.
 
 A server process imports what the scripts import and computes nothing; for each command it forks,
-and the child runs the script as __main__. As a program it is that server: a line of JSON in (argv,
-cwd, out, err, limit), two lines out: the child's process id, then its exit status (negative: the
-signal that ended it).
+and the child runs the script as __main__. Run as a program, this file is that server: a line of
+JSON in (argv, cwd, out, err, limit), two lines out: the child's process id, then its exit status
+(negative: the signal that ended it).
 """
 
 import json
@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
 
 class Server:
-    """Starts scripts; one at a time."""
+    """Starts scripts, one at a time."""
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).resolve())]
@@ -36,8 +36,9 @@ class Server:
         )
 
     def start(self, argv, cwd, limit=None):
-        """Start argv, e.g. ['main_TD.py', '--epochs', '1'], in folder cwd; returns its process id.
+        """Start argv in folder cwd; returns its process id.
 
+        argv: ['main_TD.py', '--epochs', '1'] or ['-m', 'tools.report', 'run'], for example.
         limit: the most bytes that a file may have (stands in for a full disk).
         """
         self.texts = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
@@ -48,7 +49,7 @@ class Server:
         return int(self.process.stdout.readline())
 
     def wait(self):
-        """How what was started ended."""
+        """Wait for what was started; returns an Ended."""
         status = int(self.process.stdout.readline())
         texts = []
         for file in self.texts:
@@ -58,6 +59,7 @@ class Server:
         return Ended(status, *texts)
 
     def run(self, argv, cwd, limit=None):
+        """start() and wait()."""
         self.start(argv, cwd, limit)
         return self.wait()
 
@@ -66,23 +68,29 @@ class Server:
         self.process.wait()
 
 
-def become(order):
-    """The child: its output, its folder, its limits, and then the script."""
+def run_order(order):
+    """In the child: set its output, folder and limit, and run the script."""
     for descriptor, path in ((1, order["out"]), (2, order["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(order["cwd"])
     if order["limit"]:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], hard))
-    script = ROOT / order["argv"][0]
-    sys.argv = [str(script), *order["argv"][1:]]
-    runpy.run_path(str(script), run_name="__main__")
+    script, *flags = order["argv"]
+    if script == "-m":
+        module, *flags = flags
+        sys.argv = [module, *flags]  # run_module() puts the file in place of the first
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(ROOT / script), *flags]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def serve():
     sys.path.insert(0, str(ROOT))
-    import report  # noqa: F401
-    import trainer  # noqa: F401  (and with these, all that the scripts import)
+    import runtime.run  # noqa: F401
+    import teaching  # noqa: F401
+    import tools.plots  # noqa: F401  (and with these, all that the scripts import)
 
     answers, sys.stdin = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     for line in sys.stdin:
@@ -90,7 +98,7 @@ def serve():
         if not child:
             status = 0
             try:
-                become(json.loads(line))
+                run_order(json.loads(line))
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
             except BaseException:

@@ -1,7 +1,7 @@
-"""Training and querying as the published code does them, plain and slow (METHOD.md 4, 5).
+"""Training and querying as in the published code, plain and slow (docs/METHOD.md sections 4, 5).
 
-It shares no logic with the code under test. Every use of a batch is a forward pass of its own,
-so BatchNorm needs no trick here; distances are taken one exemplar at a time.
+Nothing here is shared with the code under test. Each use of a batch is a separate forward pass, so
+BatchNorm needs no groups, and distances are computed one exemplar at a time.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def cross_entropy(logits, labels):
     return total / len(logits)
 
 
-def KD(logits, stored):
+def distillation(logits, stored):
     """4 * mean over n of -sum softmax(stored/2) log_softmax(logits/2); both [n,classes]."""
     total = 0
     for row, teacher in zip(logits / 2, stored / 2):
@@ -33,20 +33,20 @@ def task1_loss(model, x, y):
     return random + balanced
 
 
-def KD_parts(model, k, random, new, old, unlabeled):
-    """The five parts of task k's loss, from five passes in the published order."""
+def kd_parts(model, k, random, new, old, unlabeled):
+    """The five parts of the loss of task k, from five passes in the published order."""
     (x, y), (x_new, y_new), (x_old, y_old), (u, stored, stored_main) = random, new, old, unlabeled
     return {
         "random": cross_entropy(model(x, k, main_fc=False), y),
         "new": cross_entropy(model(x_new, k, main_fc=True), y_new),
         "old": cross_entropy(model(x_old, k, main_fc=True), y_old),
-        "KD": KD(model(u, k - 1, main_fc=False), stored),
-        "KD_main": KD(model(u, k - 1, main_fc=True), stored_main),
+        "kd": distillation(model(u, k - 1, main_fc=False), stored),
+        "kd_main": distillation(model(u, k - 1, main_fc=True), stored_main),
     }
 
 
 def exemplars_loss(model, k, sub, random, new, old):
-    """Task k's loss with --no_teaching: three passes, nothing is distilled."""
+    """The loss of task k with --no_teaching: three passes, nothing is distilled."""
     (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
     loss = cross_entropy(model(x, k, main_fc=False), y)
@@ -54,29 +54,29 @@ def exemplars_loss(model, k, sub, random, new, old):
     return loss + 0.5 * (balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old))
 
 
-def KD_loss(model, k, sub, *batches):
-    """Task k's loss; the weights a and b come from the batch size, not from the batches."""
-    parts = KD_parts(model, k, *batches)
+def kd_loss(model, k, sub, *batches):
+    """The loss of task k; the weights a and b depend on the batch size, not on the batches."""
+    parts = kd_parts(model, k, *batches)
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
-    balanced = a * parts["new"] + b * parts["old"] + parts["KD_main"]
-    return parts["random"] + parts["KD"] + 0.5 * balanced
+    balanced = a * parts["new"] + b * parts["old"] + parts["kd_main"]
+    return parts["random"] + parts["kd"] + 0.5 * balanced
 
 
-def put_under(model, masks):
-    """Prune with PyTorch's own tool. masks: {name of a convolution: 0/1 tensor}."""
+def apply_masks(model, masks):
+    """Prune with torch.nn.utils.prune. masks: {name of a convolution: 0/1 tensor}."""
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         torch_prune.custom_from_mask(modules[name], "weight", mask.to(modules[name].weight))
 
 
 def accuracy(model, x, labels, k):
-    """Percent of the images x [n,3,H,W] that the balanced heads 1..k tell right, one by one."""
+    """Percent of the images x [n,3,H,W] that heads 1..k classify correctly, one by one."""
     model.eval()
-    right = 0
+    correct = 0
     for image, label in zip(x, labels):
         with torch.no_grad():
-            right += int(model(image[None], k, main_fc=True).argmax()) == int(label)
-    return 100 * right / len(labels)
+            correct += int(model(image[None], k, main_fc=True).argmax()) == int(label)
+    return 100 * correct / len(labels)
 
 
 def view(image, flip, dy, dx, pad):
@@ -90,7 +90,7 @@ def view(image, flip, dy, dx, pad):
 
 
 def find_view(found, image, pad):
-    """The (flip, dy, dx) with which `found` [H,W,3] is a view of `image`; None if it is none."""
+    """The (flip, dy, dx) with which `found` [H,W,3] is a view of `image`, or None."""
     for flip in (False, True):
         for dy in range(2 * pad + 1):
             for dx in range(2 * pad + 1):
@@ -99,7 +99,7 @@ def find_view(found, image, pad):
     return None
 
 
-def normalise(images, mean, std):
+def normalize(images, mean, std):
     """uint8 [n,H,W,3] to [n,3,H,W]: to [0,1], then mean and std (floats per channel)."""
     images = np.asarray(images).astype(np.float64) / 255
     channels = [(images[..., i] - mean[i]) / std[i] for i in range(3)]
@@ -107,11 +107,11 @@ def normalise(images, mean, std):
 
 
 def query(exemplars, pool, num):
-    """Places in the pool: each exemplar in turn takes its `num` nearest that are not yet taken."""
+    """Indices into the pool: each exemplar takes its `num` nearest images not taken yet."""
     exemplars, pool = np.asarray(exemplars, np.float64), np.asarray(pool, np.float64)
     taken = []
     for exemplar in exemplars:
         distances = np.array([np.sqrt(((exemplar - image) ** 2).sum()) for image in pool])
-        free = [place for place in np.argsort(distances, kind="stable") if place not in set(taken)]
+        free = [i for i in np.argsort(distances, kind="stable") if i not in set(taken)]
         taken += free[:num]
     return taken

@@ -1,13 +1,12 @@
-"""Kill runs with SIGKILL at random moments until they finish, and compare with undisturbed ones.
+"""Kill runs with SIGKILL at random moments until they finish; compare with uninterrupted ones.
 
     python tests/soak.py --kills 120          at least so many kills over the four scripts
     make soak                                 the same
 
-Every batch is followed by a checkpoint (--checkpoint_seconds 0), and half of the kills wait for a
-file write to come inside it, which a half-written file beside its name proves. Each script runs on
-the embedded digits in processes of its own; the same command is given again after each kill. In
-the end every file must be that of the undisturbed run, byte for byte, times in the JSON files
-aside.
+Every batch is followed by a checkpoint (--checkpoint_seconds 0). Half of the kills wait for a file
+write and hit it, which the temporary file proves. Each script runs on the embedded digits in a
+separate process; the same command is given again after each kill. In the end every file must equal
+that of the uninterrupted run, byte for byte (JSON files and the log: except for the times).
 """
 
 import argparse
@@ -27,22 +26,24 @@ import processes
 
 TINY = (
     "--dataset digits --classifiers 3 --width 4 --epochs 2 --decreasing_lr 1 --batch_size 64 "
-    "--unlabel_num 2 --save_dir run"
+    "--save_dir run"
 )
-BU = f"{TINY} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 --accept_decay -100"
+TEACHING = f"{TINY} --unlabel_num 2"
+BU = f"{TEACHING} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 --accept_decay -100"
 TRAIN = "--weight ../BU/run/task2_best_model.pt --mask ../BU/run/mask-3.pt --state 3"
 COMMANDS = {  # folder: command; the last one needs the folder BU
-    "CIL": f"main_CIL.py {TINY}",
-    "TD": f"main_TD.py {TINY} --iter_epochs 2 --prune_scheduler 1,2,3 --rewind rand",
-    "BU": f"main_BU.py {BU}",
+    "CIL": f"main_CIL.py {TEACHING}",
+    "TD": f"main_TD.py {TEACHING} --iter_epochs 2 --prune_scheduler 1,2,3 --rewind rand",
+    "BU": f"main_BU.py {BU} --criterion random",
     "train": f"main_train.py {TINY} {TRAIN} --save_data_path ../BU/run/data",
 }
-TIMES = ("seconds", "images_per_second", "checksum", "checkpoint_seconds")
+# what differs between equal runs: times, and the command, where --checkpoint_seconds does
+IGNORED = ("seconds", "images_per_second", "checksum", "checkpoint_seconds", "command")
 
 
 def without_times(value):
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+        return {key: without_times(item) for key, item in value.items() if key not in IGNORED}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -52,7 +53,7 @@ def outcome(folder):
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".json":
             content = without_times(json.loads(path.read_text()))
-            content.pop("wrote", None)  # a name more for each step that stored its progress
+            content.pop("wrote", None)  # also lists the progress files
             found[path.name] = content
         elif path.name.endswith("log_results.txt"):
             found[path.name] = [line.rsplit("\t", 1)[0] for line in path.read_text().splitlines()]
@@ -61,53 +62,54 @@ def outcome(folder):
     return found
 
 
-def undisturbed(scripts, command, folder):
+def uninterrupted(scripts, command, folder):
     """Run a command to its end; returns the seconds it took."""
     folder.mkdir()
-    began = time.monotonic()
+    start = time.monotonic()
     ended = scripts.run(command.split(), folder)
     assert ended.status == 0, ended
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def half_written(folder):
+    """Whether a temporary file of an atomic write is there."""
     return any(folder.glob("run/**/.*.part"))
 
 
 def wait_for_a_write(folder):
-    """Come back within a file write, or after a second without one."""
+    """Return during a file write, or after a second without one."""
     limit = time.monotonic() + 1
     while not half_written(folder) and time.monotonic() < limit:
         pass
 
 
 def kill_until_done(scripts, command, folder, draw, longest, kills):
-    """Kill a command after 0..longest seconds, again and again, until it has finished.
+    """Kill a command after 0..longest seconds, again and again, until it finishes.
 
-    draw: a random.Random. kills: from so many on it is left alone. Returns how many kills there
-    were, and how many of them left a half-written file.
+    draw: a random.Random. kills: after so many the command is left alone. Returns the number of
+    kills, and how many of them left a half-written file.
     """
     folder.mkdir()
-    killed = inside = 0
+    killed = in_a_write = 0
     argv = [*command.split(), "--checkpoint_seconds", "0"]
     while killed < kills:
         process = scripts.start(argv, folder)
         while not killed and not any(folder.glob("run/*_progress.pt")):
-            time.sleep(0.001)  # the first comes while it trains
+            time.sleep(0.001)  # the first kill comes while it trains
         time.sleep(draw.uniform(0, longest) if killed else 0)
         if draw.random() < 0.5:
             wait_for_a_write(folder)
-        with contextlib.suppress(ProcessLookupError):  # it had ended by itself
+        with contextlib.suppress(ProcessLookupError):  # it had ended
             os.kill(process, signal.SIGKILL)
         ended = scripts.wait()
         if ended.status == 0:
-            return killed, inside
+            return killed, in_a_write
         assert ended.status == -signal.SIGKILL, ended
         killed += 1
-        inside += half_written(folder)
+        in_a_write += half_written(folder)
     ended = scripts.run(argv, folder)
     assert ended.status == 0, ended
-    return killed, inside
+    return killed, in_a_write
 
 
 def main():
@@ -116,28 +118,30 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
     scripts, draw = processes.Server(), random.Random(args.seed)
-    kills, inside, failed, began = 0, 0, 0, time.monotonic()
-    print(f"{'script':<8} {'kills':>6} {'inside a write':>15} {'files':>6}  equal", flush=True)
+    kills, in_a_write, failed, start = 0, 0, 0, time.monotonic()
+    print(f"{'script':<8} {'kills':>6} {'in a write':>11} {'files':>6}  equal", flush=True)
     with tempfile.TemporaryDirectory() as root:
-        whole, broken = Path(root, "whole"), Path(root, "broken")
-        whole.mkdir()
+        reference, killed = Path(root, "reference"), Path(root, "killed")
+        reference.mkdir()
         seconds = {
-            name: undisturbed(scripts, command, whole / name) for name, command in COMMANDS.items()
+            name: uninterrupted(scripts, command, reference / name)
+            for name, command in COMMANDS.items()
         }
-        wanted = {name: outcome(whole / name) for name in COMMANDS}
+        expected = {name: outcome(reference / name) for name in COMMANDS}
         while kills < args.kills:
-            broken.mkdir()
+            killed.mkdir()
             for name, command in COMMANDS.items():
                 longest = 0.3 + seconds[name] / 4
-                found = kill_until_done(scripts, command, broken / name, draw, longest, 1000)
-                equal = outcome(broken / name) == wanted[name]
-                kills, inside, failed = kills + found[0], inside + found[1], failed + (not equal)
-                files = len(wanted[name])
-                print(f"{name:<8} {found[0]:>6} {found[1]:>15} {files:>6}  {equal}", flush=True)
-            shutil.rmtree(broken)
+                found = kill_until_done(scripts, command, killed / name, draw, longest, 1000)
+                equal = outcome(killed / name) == expected[name]
+                kills, in_a_write = kills + found[0], in_a_write + found[1]
+                failed += not equal
+                files = len(expected[name])
+                print(f"{name:<8} {found[0]:>6} {found[1]:>11} {files:>6}  {equal}", flush=True)
+            shutil.rmtree(killed)
     scripts.close()
-    print(f"{kills} kills, {inside} of them inside a write, in {time.monotonic() - began:.0f} s; ")
-    print("all runs ended as the undisturbed ones" if not failed else f"{failed} runs differ")
+    print(f"{kills} kills, {in_a_write} of them in a write, in {time.monotonic() - start:.0f} s; ")
+    print("all runs ended as the uninterrupted ones" if not failed else f"{failed} runs differ")
     sys.exit(failed > 0)
 
 

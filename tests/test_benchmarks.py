@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: its published way computes what ours does."""
+"""The benchmark compares equals: its published way computes what ours does."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-import utils
+from runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
@@ -24,41 +24,44 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 @pytest.fixture
 def pair(args):
-    """Our network and the published one, the same in float64, with their optimizers."""
+    """Our network and the published one, both float64 and equal, with their optimizers."""
     ours = trainer.make_model(args, torch.device("cpu")).double().train()
     plain = published.plain(copy.deepcopy(ours))
-    masks = pruning_utils.prune(pruning_utils.weights(ours), pruning_utils.masks_of(ours), 0.3)
+    scores = pruning_utils.magnitude(pruning_utils.weights(ours), None)
+    masks = pruning_utils.prune(scores, pruning_utils.masks_of(ours), 0.3)
     for model in (ours, plain):
         pruning_utils.apply_mask(model, masks)
     return ours, plain, *(trainer.make_optimizer(model, args, 0.01) for model in (ours, plain))
 
 
 def assert_same_state(ours, plain):
-    wanted = plain.state_dict()
+    expected = plain.state_dict()
     for key, value in ours.state_dict().items():
-        torch.testing.assert_close(value, wanted[key], **CLOSE, msg=lambda m, key=key: f"{key} {m}")
+        torch.testing.assert_close(
+            value, expected[key], **CLOSE, msg=lambda m, key=key: f"{key} {m}"
+        )
 
 
-def test_plain_has_the_published_strides(pair):
+def test_plain_moves_the_strides_into_the_shortcuts(pair):
     for layer in (pair[1].layer2, pair[1].layer3, pair[1].layer4):
         assert layer[0].shortcut[0].stride == (2, 2) and layer[0].stride == 1
     assert pair[0].layer2[0].shortcut[0].stride == (1, 1)
 
 
-def test_steps(pair):
+def test_training_steps(pair):
     ours, plain, optimizer, plain_optimizer = pair
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, 16, 16).double(), torch.randint(2, (5,))
     loss = trainer.task1_loss(ours, x, y)
-    trainer.descend(loss, optimizer)
+    bench.descend(optimizer, loss)
     assert published.task1_step(plain, plain_optimizer, x, y) == pytest.approx(loss.item(), 1e-9)
     assert_same_state(ours, plain)
     batches = [(torch.randn(n, 3, 16, 16).double(), torch.randint(4, (n,))) for n in (6, 2, 4)]
     batches.append((torch.randn(6, 3, 16, 16).double(), *torch.randn(2, 6, 4).double()))
-    loss = trainer.KD_loss(ours, 3, 6, *batches)
-    trainer.descend(loss, optimizer)
-    wanted = published.kd_step(plain, plain_optimizer, 3, 6, *batches)
-    assert wanted == pytest.approx(loss.item(), 1e-9)
+    loss = trainer.kd_loss(ours, 3, 6, *batches)
+    bench.descend(optimizer, loss)
+    expected = published.kd_step(plain, plain_optimizer, 3, 6, *batches)
+    assert expected == pytest.approx(loss.item(), 1e-9)
     assert_same_state(ours, plain)
 
 
@@ -73,11 +76,10 @@ def test_two_prunings(args):
     plain = copy.deepcopy(ours)
     for _ in range(2):
         published.prune(plain, 0.2)
-        weights, masks = pruning_utils.weights(ours), pruning_utils.masks_of(ours)
-        pruning_utils.apply_mask(ours, pruning_utils.prune(weights, masks, 0.2))
-    found, wanted = pruning_utils.masks_of(ours), pruning_utils.masks_of(plain)
+        bench.prune_once(ours)
+    found, expected = pruning_utils.masks_of(ours), pruning_utils.masks_of(plain)
     assert 63 < pruning_utils.density(found) < 65
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_validation(args, data):
@@ -85,30 +87,30 @@ def test_validation(args, data):
     images, labels = data.of_tasks(data.val, 1, 2)
     part = published.Images(images, labels, data, augmented=False)
     plain = published.plain(copy.deepcopy(model))
-    wanted = published.validate(plain, part, 2, 10, torch.device("cpu"))
-    assert trainer.validate(model, data.val, 2, data, args) == pytest.approx(wanted)
+    expected = published.validate(plain, part, 2, 10, torch.device("cpu"))
+    task = trainer.make_task(data, 2, None)
+    assert trainer.validate(model, data.val, task, args) == pytest.approx(expected)
 
 
-def test_published_images(data):
-    """Without views they are ours, normalised."""
+def test_published_images_without_augmentation_are_ours(data):
     images, labels = data.of_tasks(data.val, 1, 1)
     plain = published.Images(images, labels, data, augmented=False)
     x = torch.stack([plain[i][0] for i in range(len(plain))])
-    torch.testing.assert_close(x, dataset.normalise(images, data), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, dataset.normalize(images, data), rtol=0, atol=1e-6)
 
 
-def test_an_epoch_as_published(args, data, monkeypatch):
-    """Its four sub-batches hold what they should, and the short ones begin anew."""
+def test_a_published_epoch(args, data, monkeypatch):
+    """Each sub-batch has its own classes; the short sets start over within the epoch."""
     t, sub, seen = 3, 6, []
     step = published.kd_step
 
-    def watched(model, optimizer, k, sub, *batches):
+    def recorded(model, optimizer, k, sub, *batches):
         seen.append([len(batch[0]) for batch in batches])
         new, old = batches[1][1], batches[2][1]
         assert set(new.tolist()) <= {4, 5} and set(old.tolist()) <= {0, 1, 2, 3}
         return step(model, optimizer, k, sub, *batches)
 
-    monkeypatch.setattr(published, "kd_step", watched)
+    monkeypatch.setattr(published, "kd_step", recorded)
     model = published.plain(trainer.make_model(args, torch.device("cpu")))
     optimizer = trainer.make_optimizer(model, args, 0.01)
     task = trainer.make_task(data, t, None)
@@ -127,7 +129,7 @@ def test_an_epoch_as_published(args, data, monkeypatch):
     assert [sizes[3] for sizes in seen[:3]] == [6, 3, 6]
 
 
-def test_an_epoch_is_estimated_from_a_part_of_it(monkeypatch):
+def test_an_epoch_is_estimated_from_its_first_steps(monkeypatch):
     done, seconds = [], iter([5.0, 6.0])
 
     def timed(device, work):
@@ -136,13 +138,13 @@ def test_an_epoch_is_estimated_from_a_part_of_it(monkeypatch):
 
     monkeypatch.setattr(bench, "timed", timed)
     batches = (done.append(i) for i in range(100))
-    # 5 s for the first step, 6 s for three more: 5 + 9 x 2
+    # 5 s for the first step, 6 s for three more, so 2 s for each of the other nine
     assert bench.epoch_seconds(torch.device("cpu"), 10, 4, batches) == 5 + 9 * 2
     assert done == [0, 1, 2, 3]
 
 
 def test_benchmark_from_the_command_line(tmp_path, capsys):
-    """One row, in its own processes, printed and written."""
+    """Two rows, each way in its own process, printed and written."""
     out = tmp_path / "bench.json"
     flags = ["--device", "cpu", "--width", "1", "--repeats", "1", "--out", str(out)]
     bench.main([*flags, "--rows", "kd_step,prune"])
@@ -157,7 +159,7 @@ def test_benchmark_from_the_command_line(tmp_path, capsys):
 
 
 def test_overlap_and_comparison_of_runs(tmp_path, capsys):
-    """Two runs that share a part of their masks; a folder that is no run."""
+    """Two runs whose masks overlap in part; a folder without a run."""
     for kind, share in (("fp32", [1, 1, 1, 0]), ("bf16", [0, 1, 1, 1])):
         folder = tmp_path / kind
         pruning_utils.save_masks(folder / "task2_best_model.pt", {"conv1": torch.tensor(share)})
@@ -178,12 +180,12 @@ def test_overlap_and_comparison_of_runs(tmp_path, capsys):
         }
         (folder / "results.json").write_text(json.dumps(results))
     precision.main([str(tmp_path / "fp32"), str(tmp_path / "bf16")])
-    said = capsys.readouterr().out
-    assert "one seed in both: 50.00 %" in said  # 2 in both of 4 in either
-    assert "fp32, 1 seed(s): mean accuracy by state 90.0 | 70.0; average 80.0" in said
-    with pytest.raises(utils.Refusal, match="no results.json"):
+    output = capsys.readouterr().out
+    assert "one seed in both: 50.00 %" in output  # 2 in both of 4 in either
+    assert "fp32, 1 seed(s): mean accuracy by state 90.0 | 70.0; average 80.0" in output
+    with pytest.raises(UserError, match="no results.json"):
         precision.main([str(tmp_path)])
     del results["average_incremental_accuracy"]
     (folder / "results.json").write_text(json.dumps(results))
-    with pytest.raises(utils.Refusal, match="no finished run"):
+    with pytest.raises(UserError, match="no finished run"):
         precision.main([str(folder)])

@@ -1,4 +1,4 @@
-"""Masks against torch.nn.utils.prune and plain Python; what rewinding and loading leave behind."""
+"""Masks against torch.nn.utils.prune and plain Python; criteria, rewinding, loading."""
 
 import copy
 
@@ -10,16 +10,18 @@ from torch.nn.utils import prune as torch_prune
 import main_TD
 import pruning_utils
 import trainer
-import utils
-from models import ResNet
+from models import ResNet18, ResNet32
+from models.base import dense_state
+from runtime.checkpoint import save_checkpoint
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 def make(seed, width=4):
-    """A small network in float64 with BatchNorm and heads as after some training."""
+    """A small network in float64 whose BatchNorm and heads are not the initial ones."""
     torch.manual_seed(seed)
-    model = ResNet(2, 3, width).double()
+    model = ResNet18(2, 3, width).double()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if "bn" in key or "linear" in key:
@@ -28,7 +30,7 @@ def make(seed, width=4):
 
 
 def shake(*models, seed):
-    """Add the same noise to the trained convolution weights of each model, as an epoch might."""
+    """Add the same noise to the convolution weights of each model, as training might."""
     for model in models:
         generator = torch.Generator().manual_seed(seed)
         for weight in pruning_utils.weights(model).values():
@@ -58,7 +60,7 @@ def count(masks):
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-# ------------------------------------------------------------------------------ prune
+# ------------------------------------------------------------------------------ criteria
 
 
 def prune_by_torch(model, percent, current=True):
@@ -78,50 +80,91 @@ def prune_by_torch(model, percent, current=True):
 
 
 @pytest.mark.parametrize("percent", [0.2, 0.37])
-def test_prune_ranks_the_current_weights_as_torch_does(percent):
-    ours = make(0)
+def test_pruning_by_magnitude_is_torchs_global_pruning_of_the_current_weights(args, percent):
+    ours, args.percent = make(0), percent
     theirs, stale = copy.deepcopy(ours), copy.deepcopy(ours)
-    lagged = []
+    as_published = []
     for number in range(5):
         shake(ours, theirs, stale, seed=number)
-        masks = pruning_utils.prune(
-            pruning_utils.weights(ours), pruning_utils.masks_of(ours), percent
-        )
+        masks = pruning_utils.prune_once(ours, pruning_utils.masks_of(ours), args, "step")
         assert same_masks(masks, prune_by_torch(theirs, percent))
-        lagged.append(same_masks(masks, prune_by_torch(stale, percent, current=False)))
+        as_published.append(same_masks(masks, prune_by_torch(stale, percent, current=False)))
         pruning_utils.apply_mask(ours, masks)
-    assert lagged == [True] + [False] * 4  # the published way would have been seen
+    assert as_published == [True] + [False] * 4  # the cached product makes a difference
 
 
-def plain_prune(weights, masks, percent, kept):
-    """One place after the other in plain Python; sorted() leaves ties in the model's order."""
-    magnitude = [abs(v) for weight in weights.values() for v in weight.flatten().tolist()]
+@pytest.mark.parametrize("criterion", pruning_utils.CRITERIA)
+def test_a_criterion_scores_each_weight_on_its_device_and_changes_none(criterion):
+    score = pruning_utils.CRITERIA[criterion]
+    weights = pruning_utils.weights(make(0))
+    before = copy.deepcopy(weights)
+    scores = score(weights, torch.Generator())
+    assert [*scores] == [*weights] and same(weights, before)
+    assert all(scores[name].shape == weight.shape for name, weight in weights.items())
+    on_meta = {name: weight.to("meta") for name, weight in weights.items()}
+    assert all(s.device.type == "meta" for s in score(on_meta, torch.Generator()).values())
+
+
+def test_random_scores_depend_only_on_seed_and_step(args):
+    args.criterion = "random"
+
+    def pruned(step="step", model_seed=0):
+        model = make(model_seed)
+        return pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, step)
+
+    first = pruned()
+    torch.manual_seed(99)
+    assert same(pruned(), first)
+    assert same(pruned(model_seed=1), first)  # the weights make no difference
+    others = [pruned("other step")]
+    args.seed = 1
+    others.append(pruned())
+    args.criterion = "magnitude"
+    others.append(pruned())
+    assert not any(torch.equal(other["conv1"], first["conv1"]) for other in others)
+    assert count(first) == count(others[-1])
+    for name, mask in first.items():  # every layer loses about a fifth
+        n = mask.numel()
+        assert abs(mask.mean() - 0.8) < 5 * (0.16 / n) ** 0.5, name
+
+
+# ------------------------------------------------------------------------------ prune
+
+
+def prune(weights, masks, percent, kept=None):
+    """One pruning by magnitude."""
+    return pruning_utils.prune(pruning_utils.magnitude(weights, None), masks, percent, kept)
+
+
+def plain_prune(scores, masks, percent, kept):
+    """One weight after the other in plain Python; sorted() leaves ties in the model's order."""
+    score = [v for part in scores.values() for v in part.flatten().tolist()]
     mask = [v for part in masks.values() for v in part.flatten().tolist()]
     held = [v for part in kept.values() for v in part.flatten().tolist()]
-    open_places = [i for i in range(len(mask)) if mask[i] and not held[i]]
-    for i in sorted(open_places, key=magnitude.__getitem__)[: round(percent * len(open_places))]:
+    ranked = [i for i in range(len(mask)) if mask[i] and not held[i]]
+    for i in sorted(ranked, key=score.__getitem__)[: round(percent * len(ranked))]:
         mask[i] = 0.0
     parts = torch.tensor(mask).split([part.numel() for part in masks.values()])
     return {name: part.view_as(masks[name]) for name, part in zip(masks, parts)}
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-def test_regrowth_ranks_only_what_lies_outside_the_kept_mask(coarse):
-    """coarse: weights in steps of 0.1, so that nearly every threshold is a tie."""
+def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(coarse):
+    """coarse: scores in steps of 0.1, so that nearly every threshold is a tie."""
     model = make(1)
     kept = pruning_utils.masks_of(model)
     for number in range(3):
         shake(model, seed=number)
-        kept = pruning_utils.prune(pruning_utils.weights(model), kept, 0.4)
+        kept = prune(pruning_utils.weights(model), kept, 0.4)
     masks = pruning_utils.masks_of(model)  # re-growth starts dense
     outside = count(masks) - count(kept)
     for number in range(4):
         shake(model, seed=10 + number)
-        weights = pruning_utils.weights(model)
+        scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
         if coarse:
-            weights = {name: (10 * weight).round() / 10 for name, weight in weights.items()}
-        expected = plain_prune(weights, masks, 0.2, kept)
-        masks = pruning_utils.prune(weights, masks, 0.2, kept=kept)
+            scores = {name: (10 * score).round() / 10 for name, score in scores.items()}
+        expected = plain_prune(scores, masks, 0.2, kept)
+        masks = pruning_utils.prune(scores, masks, 0.2, kept=kept)
         assert same(masks, expected)
         assert all(bool((masks[name] >= kept[name]).all()) for name in kept)
         outside -= round(0.2 * outside)
@@ -134,7 +177,7 @@ def layers(*values):
 
 
 @pytest.mark.parametrize(
-    "n, percent, dropped",
+    "n, percent, pruned",
     [
         (5, 0.5, 2),  # 2.5: half to even
         (7, 0.5, 4),  # 3.5: half to even
@@ -144,95 +187,104 @@ def layers(*values):
         (10, 0.06, 1),
         (10, 0.94, 9),
         (10, 0.96, 10),
-        (40_000, 1e-5, 0),  # so little that nothing goes
+        (10, 0.0, 0),
+        (40_000, 1e-5, 0),
         (9, 0.2, 2),  # 1.8
     ],
 )
-def test_the_count_is_pythons_round(n, percent, dropped):
+def test_the_count_is_pythons_round(n, percent, pruned):
     weights = {"a": torch.randn(n, generator=torch.Generator().manual_seed(n)), "b": torch.ones(3)}
     masks = {"a": torch.ones(n), "b": torch.zeros(3)}
-    pruned = pruning_utils.prune(weights, masks, percent)
-    assert n - count(pruned) == dropped
-    gone, left = weights["a"].abs()[pruned["a"] == 0], weights["a"].abs()[pruned["a"] == 1]
+    found = prune(weights, masks, percent)
+    assert n - count(found) == pruned
+    gone, left = weights["a"].abs()[found["a"] == 0], weights["a"].abs()[found["a"] == 1]
     assert not len(gone) or not len(left) or gone.max() < left.min()
 
 
-def test_of_equal_magnitudes_exactly_the_right_number_goes():
-    weights = layers([2.0, -2.0, 1.0, 3.0], [[-2.0, 2.0], [2.0, -2.0]])
-    masks = layers([1.0] * 4, [[1.0, 1.0], [1.0, 1.0]])
-    expected = layers([0.0, 0.0, 0.0, 1.0], [[0.0, 1.0], [1.0, 1.0]])
-    for _ in range(3):  # 4 of 8: the 1.0, and the first three of six equal ones
-        assert same(pruning_utils.prune(weights, masks, 0.5), expected)
-    kept = layers([1.0, 0.0, 0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]])
-    expected = layers([1.0, 0.0, 0.0, 1.0], [[0.0, 0.0], [1.0, 1.0]])  # round(0.5 * 7) = 4
-    assert same(pruning_utils.prune(weights, masks, 0.5, kept=kept), expected)
+EQUAL = [2.0, 2.0, 1.0, 3.0], [[2.0, 2.0], [2.0, 2.0]]
 
 
-def test_nothing_is_dropped_twice():
-    """Weights that are gone are not counted among the smallest, whatever their magnitude."""
-    weights = layers([0.0, 9.0, 3.0, 4.0, 5.0, 6.0])
-    masks = layers([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    expected = layers([0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
-    assert same(pruning_utils.prune(weights, masks, 0.5), expected)
+@pytest.mark.parametrize(
+    "scores, masks, percent, kept, expected",
+    [
+        # 4 of 8: the 1, and the first three of six equal scores
+        (EQUAL, ([1] * 4, [[1, 1]] * 2), 0.5, None, ([0, 0, 0, 1], [[0, 1], [1, 1]])),
+        # round(0.5 * 7) = 4, without the one that is kept
+        (
+            EQUAL,
+            ([1] * 4, [[1, 1]] * 2),
+            0.5,
+            ([1, 0, 0, 0], [[0, 0]] * 2),
+            ([1, 0, 0, 1], [[0, 0], [1, 1]]),
+        ),
+        # what is pruned already does not count, whatever its score
+        (([0, 9, 3, 4, 5, 6],), ([0, 0, 1, 1, 1, 1],), 0.5, None, ([0, 0, 0, 0, 1, 1],)),
+        # a remaining score of 0 counts like any other
+        (([5, 0, 0, 1],), ([1, 1, 1, 1],), 0.5, None, ([1, 0, 0, 1],)),
+        (([5, 0, 0, 1],), ([1, 1, 1, 1],), 0.25, None, ([1, 0, 1, 1],)),
+        # scores may be negative: the lowest go, not the smallest in magnitude
+        (([-1, 2, -3, 0.5],), ([1, 1, 1, 1],), 0.5, None, ([0, 1, 0, 1],)),
+        (([-1, 2], [-3, 0.5]), ([1, 1], [0, 1]), 0.4, None, ([0, 1], [0, 1])),
+    ],
+)
+def test_prune_by_hand(scores, masks, percent, kept, expected):
+    given = layers(*scores), layers(*masks)
+    before = copy.deepcopy(given)
+    found = pruning_utils.prune(*given, percent, kept and layers(*kept))
+    assert same(found, layers(*expected))
+    assert same(given[0], before[0]) and same(given[1], before[1])
 
 
-def test_a_remaining_weight_of_zero_counts_as_any_other():
-    weights, masks = layers([5.0, 0.0, -0.0, 1.0]), layers([1.0, 1.0, 1.0, 1.0])
-    halved = pruning_utils.prune(weights, masks, 0.5)
-    assert same(halved, layers([1.0, 0.0, 0.0, 1.0]))
-    assert count(pruning_utils.prune(weights, masks, 0.25)) == 3
-
-
-def test_masks_only_shrink_and_what_is_given_stays_as_it_was():
+def test_masks_only_shrink_and_the_arguments_do_not_change():
     model = make(2)
     masks = random_masks(model, 0)
     for number in range(4):
         shake(model, seed=number)
-        weights = pruning_utils.weights(model)
-        before = copy.deepcopy((weights, masks))
-        pruned = pruning_utils.prune(weights, masks, 0.3)
-        assert same(weights, before[0]) and same(masks, before[1])
+        scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+        before = copy.deepcopy((scores, masks))
+        pruned = pruning_utils.prune(scores, masks, 0.3)
+        assert same(scores, before[0]) and same(masks, before[1])
         assert all(mask.dtype == torch.float32 for mask in pruned.values())
         assert all(bool((pruned[name] <= masks[name]).all()) for name in masks)
         assert count(pruned) == count(masks) - round(0.3 * count(masks))
         masks = pruned
 
 
-def test_what_is_given_stays_as_it_was_also_in_a_single_layer():
-    weights, masks = layers([-1.0, 2.0, -3.0, 4.0]), layers([1.0, 1.0, 0.0, 1.0])
-    before = copy.deepcopy((weights, masks))
-    assert same(pruning_utils.prune(weights, masks, 0.4), layers([0.0, 1.0, 0.0, 1.0]))
-    assert same(weights, before[0]) and same(masks, before[1])
-
-
 # ------------------------------------------------------------------------------ densities
 
 
-def densities(weights, masks, percent, prunings, kept=None):
-    """The masks of so many prunings in a row, and the density after each."""
+def ones_like(weights):
+    return {name: torch.ones_like(weight) for name, weight in weights.items()}
+
+
+def prune_repeatedly(weights, masks, percent, prunings, kept=None):
+    """The masks after a number of prunings, and the density after each."""
     found = []
     for _ in range(prunings):
-        masks = pruning_utils.prune(weights, masks, percent, kept=kept)
+        masks = prune(weights, masks, percent, kept)
         found.append(pruning_utils.density(masks))
     return masks, found
 
 
-def printed(found, places):
-    return [f"{found[place - 1]:.2f}" for place in places]
+def printed(found, numbers):
+    """The densities after these prunings (from 1), as text."""
+    return [f"{found[number - 1]:.2f}" for number in numbers]
 
 
-def test_densities_of_the_schedules_at_full_width():
-    """A schedule is a chain of 20 % prunings; the weights make no difference to the counts."""
-    weights = pruning_utils.weights(ResNet(2, 5))
-    assert sum(weight.numel() for weight in weights.values()) == 11_159_232
-    masks, found = densities(weights, {n: torch.ones_like(w) for n, w in weights.items()}, 0.2, 9)
-    _, (last,) = densities(weights, masks, 0.28, 1)
-    masks, more = densities(weights, masks, 0.2, 5)
+def test_densities_of_the_schedules():
+    """A schedule is a chain of 20 % prunings; the counts do not depend on the weights.
+
+    A narrow network is faster: rounding a count changes the density by less than 0.001.
+    """
+    weights = pruning_utils.weights(ResNet18(2, 5, width=16))
+    total = left = count(ones_like(weights))
+    masks, found = prune_repeatedly(weights, ones_like(weights), 0.2, 9)
+    _, (last,) = prune_repeatedly(weights, masks, 0.28, 1)
+    masks, more = prune_repeatedly(weights, masks, 0.2, 5)
     found += more
-    left = 11_159_232
     for density in found:
         left -= round(0.2 * left)
-        assert density == pytest.approx(100 * left / 11_159_232, rel=1e-12)
+        assert density == pytest.approx(100 * left / total, rel=1e-12)
     # prunings so far after each task of 1,1,2,3,5 and of the paper's two
     assert printed(found, (1, 2, 4, 7, 12)) == ["80.00", "64.00", "40.96", "20.97", "6.87"]
     assert printed(found, (1, 2, 5, 9, 14)) == ["80.00", "64.00", "32.77", "13.42", "4.40"]
@@ -244,25 +296,23 @@ def test_densities_of_the_schedules_at_full_width():
     "prunings, expected", [(16, ["2.81", "3.11", "3.40"]), (13, ["5.50", "5.78", "6.07"])]
 )
 def test_densities_of_regrown_masks(prunings, expected):
-    """Bottom-up: a re-growth of 26 prunings adds (1-d) 0.8^26 to the density d.
-
-    In a narrower network, for speed: a rounded count moves the density by less than 0.001.
-    """
-    weights = pruning_utils.weights(ResNet(2, 5, width=16))
-    ones = {name: torch.ones_like(weight) for name, weight in weights.items()}
-    kept, found = densities(weights, ones, 0.2, prunings)
+    """Bottom-up: a re-growth of 26 prunings adds (1-d) 0.8^26 to the density d."""
+    weights = pruning_utils.weights(ResNet18(2, 5, width=16))
+    kept, found = prune_repeatedly(weights, ones_like(weights), 0.2, prunings)
     found = found[-1:]
     for _ in (1, 2):
         before = kept
-        kept, grown = densities(weights, ones, 0.2, 26, kept=before)
+        kept, grown = prune_repeatedly(weights, ones_like(weights), 0.2, 26, before)
         found.append(grown[-1])
         assert all(bool((kept[name] >= before[name]).all()) for name in kept)
         assert found[-1] - found[-2] == pytest.approx((100 - found[-2]) * 0.8**26, abs=0.001)
     assert printed(found, (1, 2, 3)) == expected
 
 
-def test_density_counts_over_all_layers_together():
-    assert pruning_utils.density(layers([1.0, 0.0, 0.0, 0.0], [1.0])) == 40.0
+def test_density_is_over_all_layers_and_densities_of_each():
+    masks = layers([1.0, 0.0, 0.0, 0.0], [1.0])
+    assert pruning_utils.density(masks) == 40.0
+    assert pruning_utils.densities(masks) == {"layer0": 25.0, "layer1": 100.0}
     assert pruning_utils.density(layers([1.0], [[1.0]])) == 100.0
 
 
@@ -274,8 +324,12 @@ def images(seed=0):
     return torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
-def whole_state(model):
-    """A copy of the state dict as of the dense model: weight_orig as weight."""
+def logits(model):
+    return model(images(), main_fc=True)
+
+
+def dense_copy(model):
+    """A copy of the state dict in the form of a dense model: weight_orig as weight."""
     return {
         key.replace("weight_orig", "weight"): value.clone()
         for key, value in model.state_dict().items()
@@ -285,19 +339,19 @@ def whole_state(model):
 
 def test_a_pruned_model_computes_with_weight_times_mask():
     model, plain = make(3).eval(), make(3).eval()
-    for seed in (0, 1):  # dense to pruned, and from one mask to another
+    for seed in (0, 1):  # from dense to pruned, and from one mask to another
         masks = random_masks(model, seed)
         pruning_utils.apply_mask(model, masks)
         state = make(3).state_dict()
         for name, mask in masks.items():
             state[name + ".weight"] *= mask
         plain.load_state_dict(state)
-        assert torch.equal(model(images()), plain(images()))
-    shake(model, seed=5)  # the product is made anew at each pass
-    assert not torch.allclose(model(images()), plain(images()))
+        assert torch.equal(logits(model), logits(plain))
+    shake(model, seed=5)  # each pass computes the product
+    assert not torch.allclose(logits(model), logits(plain))
 
 
-def test_masks_in_a_model_are_those_of_torch_and_can_be_read_back():
+def test_masks_live_in_a_model_as_those_of_torch_and_can_be_read_back():
     model = make(3)
     assert pruning_utils.extract_mask(model.state_dict()) == {}
     dense = pruning_utils.masks_of(model)
@@ -312,26 +366,26 @@ def test_masks_in_a_model_are_those_of_torch_and_can_be_read_back():
     for name in masks:
         assert {name + ".weight_orig", name + ".weight_mask"} <= keys
         assert name + ".weight" not in keys
-    masks["conv1"].zero_()  # the model has masks of its own
+    masks["conv1"].zero_()  # the model holds copies
     assert int(model.conv1.weight_mask.sum()) > 0
 
 
-def test_removing_masks_takes_the_weights_whole():
+def test_removing_masks_restores_all_weights():
     model = make(3).eval()
-    whole = pruning_utils.clone_state(model)
+    dense = pruning_utils.clone_state(model)
     for remove in (pruning_utils.remove_mask, lambda m: pruning_utils.apply_mask(m, {})):
         pruning_utils.apply_mask(model, random_masks(model, 0))
-        model(images())
+        logits(model)
         remove(model)
-        assert same(model.state_dict(), whole)
+        assert same(model.state_dict(), dense)
         assert not torch_prune.is_pruned(model)
-        remove(model)  # of a dense one: nothing to do
-        assert same(model.state_dict(), whole)
-    assert torch.equal(model(images()), make(3).eval()(images()))
+        remove(model)  # of a dense model: nothing to do
+        assert same(model.state_dict(), dense)
+    assert torch.equal(logits(model), logits(make(3).eval()))
 
 
-def test_an_optimizer_goes_on_through_masks_that_come_change_and_go():
-    """SGD by hand, with momentum and weight decay, beside one optimizer made while dense."""
+def test_an_optimizer_keeps_its_momentum_while_masks_change():
+    """SGD by hand, with momentum and weight decay, against an optimizer of the dense model."""
     model = make(4)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01)
@@ -341,7 +395,7 @@ def test_an_optimizer_goes_on_through_masks_that_come_change_and_go():
         pruning_utils.apply_mask(model, masks)
         assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
         optimizer.zero_grad()
-        model(images()).square().mean().log().backward()
+        logits(model).square().mean().log().backward()
         gradient = parameters[0].grad
         if masks:
             assert bool((gradient[masks["conv1"] == 0] == 0).all())
@@ -354,7 +408,7 @@ def test_an_optimizer_goes_on_through_masks_that_come_change_and_go():
 @pytest.mark.parametrize("given", [None, {}, "masks"])
 @pytest.mark.parametrize("into_pruned", [False, True])
 @pytest.mark.parametrize("from_pruned", [False, True])
-def test_load_state_takes_dense_and_pruned_into_dense_and_pruned(from_pruned, into_pruned, given):
+def test_load_state_from_dense_or_pruned_into_dense_or_pruned(from_pruned, into_pruned, given):
     source, model = make(5), make(6)
     own = random_masks(source, 0) if from_pruned else {}
     pruning_utils.apply_mask(source, own)
@@ -365,26 +419,26 @@ def test_load_state_takes_dense_and_pruned_into_dense_and_pruned(from_pruned, in
     state = source.state_dict()
     pruning_utils.load_state(model, state, masks)
     wanted = own if masks is None else masks
-    assert same(whole_state(model), whole_state(source))
+    assert same(dense_copy(model), dense_copy(source))
     assert same_masks(pruning_utils.extract_mask(model.state_dict()), wanted)
     assert [id(p) for p in model.parameters()] == parameters
     pruning_utils.apply_mask(source, wanted)
-    assert torch.equal(model.eval()(images()), source.eval()(images()))
+    assert torch.equal(logits(model.eval()), logits(source.eval()))
     before = copy.deepcopy(dict(source.state_dict()))
     shake(model, seed=0)
     pruning_utils.apply_mask(model, {n: torch.zeros_like(m) for n, m in wanted.items()})
-    assert same(dict(source.state_dict()), before)  # nothing is shared with what was loaded
+    assert same(dict(source.state_dict()), before)  # the models share no tensors
 
 
-def test_dense_state_and_clone_state_are_what_they_say():
+def test_dense_state_drops_masks_and_clone_state_copies():
     model = make(5)
-    whole = whole_state(model)
+    dense = dense_copy(model)
     pruning_utils.apply_mask(model, random_masks(model, 0))
     state = pruning_utils.clone_state(model)
-    assert same(pruning_utils.dense_state(state), whole)
-    assert same(pruning_utils.dense_state(whole), whole)
+    assert same(dense_state(state), dense)
+    assert same(dense_state(dense), dense)
     shake(model, seed=0)
-    assert same(pruning_utils.dense_state(state), whole)  # a clone stays as it was
+    assert same(dense_state(state), dense)  # a clone does not change
     assert not torch.equal(model.state_dict()["conv1.weight_orig"], state["conv1.weight_orig"])
 
 
@@ -392,26 +446,35 @@ def without(state, key):
     return {k: value for k, value in state.items() if k != key}
 
 
-@pytest.mark.parametrize(
-    "state, words",
-    [
-        (lambda: make(0, width=8).state_dict(), "--width"),
-        (lambda: ResNet(2, 4, 4).double().state_dict(), "--classifiers"),
-        (lambda: ResNet(3, 3, 4).double().state_dict(), "--classes_per_classifier"),
-        (lambda: without(make(0).state_dict(), "layer2.0.bn1.weight"), "layer2.0.bn1.weight"),
-        (lambda: {**make(0).state_dict(), "more.weight": torch.zeros(2)}, "more.weight"),
-        (lambda: {"conv1.weight": torch.tensor(3.0)}, ""),
-        (lambda: {**make(0).state_dict(), "linear.0.weight": torch.tensor(3.0)}, ""),
-    ],
-    ids=["width", "tasks", "classes", "missing", "more", "conv1_number", "head_number"],
-)
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(state, words):
+def changed(key, value):
+    """The state dict of the network of width 4 with another tensor for `key`."""
+    return {**make(0).state_dict(), key: value}
+
+
+CONV = torch.zeros(4, 3, 3, 3)
+MISFITS = {
+    "resnet32": (lambda: ResNet32(2, 3, 4).double().state_dict(), "--arch"),
+    "width": (lambda: make(0, width=8).state_dict(), "--width"),
+    "tasks": (lambda: ResNet18(2, 4, 4).double().state_dict(), "--classifiers"),
+    "classes": (lambda: ResNet18(3, 3, 4).double().state_dict(), "--classes_per_classifier"),
+    "missing": (lambda: without(make(0).state_dict(), "layer2.0.bn1.weight"), "layer2.0.bn1"),
+    "more": (lambda: changed("more.weight", torch.zeros(2)), "more.weight"),
+    "more heads": (lambda: changed("linear.3.bias", torch.zeros(2)), "linear.3.bias"),
+    "one number": (lambda: {"conv1.weight": torch.tensor(3.0)}, "layer1.0.bn1.weight"),
+    "float32": (lambda: changed("conv1.weight", CONV), "conv1.weight does not hold finite"),
+    "nan": (lambda: changed("conv1.weight", CONV.double() / 0), "conv1.weight does not hold"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(kind):
+    state, fragment = MISFITS[kind]
     model = make(7)
     pruning_utils.apply_mask(model, random_masks(model, 0))
     before = pruning_utils.clone_state(model)
-    with pytest.raises(utils.Refusal) as refusal:
+    with pytest.raises(UserError) as error:
         pruning_utils.load_state(model, state(), source="W.pt")
-    assert str(refusal.value).startswith("W.pt: ") and words in str(refusal.value)
+    assert str(error.value).startswith("W.pt: ") and fragment in str(error.value)
     assert same(pruning_utils.clone_state(model), before)
 
 
@@ -430,97 +493,91 @@ def keys_of(model):
 @pytest.mark.parametrize("pruned", [True, False])
 @pytest.mark.parametrize("pruned_source", [False, True])
 @pytest.mark.parametrize("scope", ["conv", "all"])
-def test_rewind_takes_the_weights_whole_and_leaves_the_masks(pruned, pruned_source, scope):
+def test_rewind_restores_all_weights_and_keeps_the_masks(pruned, pruned_source, scope):
     model, source = make(8), make(9)
     source.layer1[0].bn1.num_batches_tracked.fill_(7)
     if pruned:
         pruning_utils.apply_mask(model, random_masks(model, 0))
     if pruned_source:
         pruning_utils.apply_mask(source, random_masks(source, 1))
-    before, whole = pruning_utils.clone_state(model), whole_state(source)
+    before, dense = pruning_utils.clone_state(model), dense_copy(source)
     parameters = [id(p) for p in model.parameters()]
     pruning_utils.rewind(model, source.state_dict(), scope)
     after = model.state_dict()
     trained, masks, others = keys_of(model)
     assert len(trained) == 20 and len(masks) == (20 if pruned else 0)
     for key in trained:
-        assert torch.equal(after[key], whole[key.replace("weight_orig", "weight")])
+        assert torch.equal(after[key], dense[key.replace("weight_orig", "weight")])
     for key in masks:
         assert torch.equal(after[key], before[key])
     for key in others:
-        assert torch.equal(after[key], (before if scope == "conv" else whole)[key])
+        assert torch.equal(after[key], (before if scope == "conv" else dense)[key])
     assert after.keys() == before.keys() and [id(p) for p in model.parameters()] == parameters
-    product, plain = whole_state(model), make(0)
+    product, plain = dense_copy(model), make(0)
     for key in masks:
         product[key.replace("weight_mask", "weight")] *= after[key]
     plain.load_state_dict(product)
-    assert torch.equal(model.eval()(images()), plain.eval()(images()))
+    assert torch.equal(logits(model.eval()), logits(plain.eval()))
 
 
 @pytest.fixture
-def ticket(args):
-    """A pruned model after training, the initialisation, and a best model pruned otherwise."""
+def ticket(args, run):
+    """A trained and pruned model, the initialization, and a best model with another mask."""
     args.rewind_scope = "conv"
-    initial = pruning_utils.clone_state(trainer.make_model(args, CPU))
+    initial = trainer.make_model(args, CPU)
+    trainer.save_initialization(initial, run)
     model, best = make(10).float(), make(11).float()
     pruning_utils.apply_mask(model, random_masks(model, 0, 0.3))
     pruning_utils.apply_mask(best, random_masks(best, 1, 0.7))
-    return model, initial, pruning_utils.clone_state(best)
+    return model, pruning_utils.clone_state(initial), pruning_utils.clone_state(best)
 
 
-def rewound(args, ticket, kind, t=2):
-    """The state after main_TD's rewinding; the ticket itself stays as it is."""
-    trained, initial, best = ticket
-    args.rewind, model = kind, make(0).float()
+def rewound(run, ticket, kind, t=2):
+    """The state after main_TD's rewinding of a copy of the ticket."""
+    trained, _, best = ticket
+    run.args.rewind, model = kind, make(0).float()
     pruning_utils.load_state(model, trained.state_dict())
-    main_TD.rewind(model, t, initial, best, args, CPU)
+    main_TD.rewind(model, t, best, run)
     return pruning_utils.clone_state(model)
 
 
-def test_each_kind_of_rewinding_leaves_masks_norms_and_heads(args, ticket):
-    before = pruning_utils.clone_state(ticket[0])
-    _, masks, others = keys_of(ticket[0])
-    for kind in ("zero", "best", "rand", "finetune"):
-        after = rewound(args, ticket, kind)
+def test_each_kind_of_rewinding_sets_the_convolutions_alone(run, ticket):
+    model, initial, best = ticket
+    before = pruning_utils.clone_state(model)
+    trained, masks, others = keys_of(model)
+    sources = {"zero": initial, "best": dense_state(best), "finetune": dense_state(before)}
+    for kind in ("zero", "best", "finetune", "rand"):
+        after = rewound(run, ticket, kind)
         assert after.keys() == before.keys()
         assert all(torch.equal(after[key], before[key]) for key in masks + others)
+        for key in trained if kind in sources else ():
+            assert torch.equal(after[key], sources[kind][key.replace("weight_orig", "weight")])
 
 
-def test_zero_best_and_finetune_are_the_weights_of_their_names(args, ticket):
-    model, initial, best = ticket
-    names = pruning_utils.convolutions(model)
-    zero, tuned = rewound(args, ticket, "zero"), rewound(args, ticket, "finetune")
-    at_best = rewound(args, ticket, "best")
-    for name in names:
-        assert torch.equal(zero[f"{name}.weight_orig"], initial[f"{name}.weight"])
-        assert torch.equal(at_best[f"{name}.weight_orig"], best[f"{name}.weight_orig"])
-    assert same(tuned, pruning_utils.clone_state(model))
-
-
-def test_rand_is_fresh_and_hangs_on_the_seed_and_the_task_alone(args, ticket):
+def test_rand_is_new_and_depends_only_on_seed_and_task(args, run, ticket):
     trained, _, _ = keys_of(ticket[0])
     torch.manual_seed(1)
-    first = rewound(args, ticket, "rand")
+    first = rewound(run, ticket, "rand")
     torch.manual_seed(2)
-    assert same(rewound(args, ticket, "rand"), first)
-    others = [rewound(args, ticket, kind) for kind in ("zero", "best", "finetune")]
-    others.append(rewound(args, ticket, "rand", t=3))
+    assert same(rewound(run, ticket, "rand"), first)
+    others = [rewound(run, ticket, kind) for kind in ("zero", "best", "finetune")]
+    others.append(rewound(run, ticket, "rand", t=3))
     args.seed = 1
-    others.append(rewound(args, ticket, "rand"))
+    others.append(rewound(run, ticket, "rand"))
     for other in others:
         assert not any(torch.equal(first[key], other[key]) for key in trained)
-    for key in trained:  # PyTorch's default initialisation: uniform within 1/sqrt(fan-in)
+    for key in trained:  # PyTorch's default initialization: uniform within 1/sqrt(fan-in)
         bound = first[key][0].numel() ** -0.5
         assert 0.8 * bound < first[key].abs().max() <= bound * 1.0001
 
 
-def test_the_wider_scope_rewinds_norms_and_heads_too(args, ticket):
+def test_scope_all_rewinds_batchnorm_and_heads_too(args, run, ticket):
     args.rewind_scope = "all"
     _, initial, best = ticket
     _, masks, others = keys_of(ticket[0])
     before = pruning_utils.clone_state(ticket[0])
     for kind, source in (("zero", initial), ("best", best), ("finetune", before)):
-        after = rewound(args, ticket, kind)
+        after = rewound(run, ticket, kind)
         assert all(torch.equal(after[key], source[key]) for key in others)
         assert all(torch.equal(after[key], before[key]) for key in masks)
 
@@ -542,30 +599,29 @@ def test_mask_files_hold_the_published_keys(tmp_path):
     assert same(pruning_utils.load_masks(path), masks)
 
 
-def test_masks_come_from_any_pruned_checkpoint(tmp_path, args):
+def test_any_pruned_checkpoint_gives_masks_and_a_dense_one_none(tmp_path, args):
     model = make(12)
+    dense = tmp_path / "dense.pt"
+    save_checkpoint(dense, model.state_dict())
+    with pytest.raises(UserError, match="dense.pt: holds no masks"):
+        pruning_utils.load_masks(dense)
     masks = random_masks(model, 0)
     pruning_utils.apply_mask(model, masks)
     optimizer = trainer.make_optimizer(model, args, 0.1)
-    utils.save(tmp_path / "whole.pt", trainer.contents(model, optimizer, 1, 50.0))
-    utils.save(tmp_path / "raw.pt", model.state_dict())
-    for name in ("whole.pt", "raw.pt"):
+    content = trainer.checkpoint_dict(model, optimizer, 1, 50.0)
+    save_checkpoint(tmp_path / "checkpoint.pt", content)
+    save_checkpoint(tmp_path / "raw.pt", model.state_dict())
+    for name in ("checkpoint.pt", "raw.pt"):
         assert same_masks(pruning_utils.load_masks(tmp_path / name), masks)
 
 
-def test_a_dense_checkpoint_holds_no_masks(tmp_path):
-    path = tmp_path / "dense.pt"
-    utils.save(path, make(12).state_dict())
-    with pytest.raises(utils.Refusal, match="holds no masks") as refusal:
-        pruning_utils.load_masks(path)
-    assert str(path) in str(refusal.value)
-
-
-def damaged(kind):
-    """Masks that are not of the network of width 4, and a name that the refusal must hold."""
+def bad_masks(kind):
+    """Masks that do not fit the network of width 4, and a part of the message."""
     masks = random_masks(make(12), 0)
     if kind == "width":
         return random_masks(make(12, width=8), 0), "--width"
+    if kind == "arch":
+        return random_masks(ResNet32(2, 3, 4), 0), "--arch"
     if kind == "missing":
         return without(masks, "layer3.0.conv2"), "layer3.0.conv2"
     if kind == "more":
@@ -574,26 +630,27 @@ def damaged(kind):
     return masks, "layer1.1.conv1"
 
 
-@pytest.mark.parametrize("kind", ["width", "missing", "more", "2", "0.5", "-1", "nan", "inf"])
-def test_masks_of_another_network_or_of_other_numbers_are_refused(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind", ["width", "arch", "missing", "more", "2", "0.5", "-1", "nan", "inf"]
+)
+def test_masks_of_another_network_or_of_other_numbers_are_an_error(tmp_path, kind):
     model = make(12)
     pruning_utils.apply_mask(model, random_masks(model, 1))
     before = pruning_utils.clone_state(model)
-    masks, words = damaged(kind)
+    masks, fragment = bad_masks(kind)
     pruning_utils.save_masks(tmp_path / "M.pt", masks)
     masks = pruning_utils.load_masks(tmp_path / "M.pt")
-    for refused in (
+    for check in (
         lambda: pruning_utils.check_masks(model, masks, "--mask M.pt"),
         lambda: pruning_utils.load_state(model, before, masks, source="--mask M.pt"),
     ):
-        with pytest.raises(utils.Refusal) as refusal:
-            refused()
-        assert str(refusal.value).startswith("--mask M.pt: ") and words in str(refusal.value)
+        with pytest.raises(UserError) as error:
+            check()
+        assert str(error.value).startswith("--mask M.pt: ") and fragment in str(error.value)
     assert same(pruning_utils.clone_state(model), before)
 
 
-def test_sound_masks_are_taken():
+def test_valid_masks_pass_the_check():
     model = make(12)
-    pruning_utils.check_masks(model, random_masks(model, 0), "M.pt")
-    pruning_utils.check_masks(model, pruning_utils.masks_of(model), "M.pt")
-    pruning_utils.check_masks(model, {}, "M.pt")  # dense
+    for masks in (random_masks(model, 0), pruning_utils.masks_of(model), {}):
+        pruning_utils.check_masks(model, masks, "M.pt")

@@ -1,4 +1,4 @@
-"""Tables and pictures of report.py, against numbers worked out by hand; no training here."""
+"""Tables and plots of tools/report.py, against numbers worked out by hand; no training here."""
 
 import csv
 import json
@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 
-import pictures
-import report
-import utils
+from runtime import metrics
+from runtime.errors import UserError
+from tools import plots, report
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"conv1": 80.0, "layer1.0.conv1": 20.0}
 
 
 def write(folder, script, rows, name="results.json", **config):
-    """The records of a run of two tasks; rows: dicts of a state's accuracy and what else it has."""
+    """Write the results of a run of two tasks; rows: a dict for each state."""
     flags = {"dataset": "digits", "width": 4, "classifiers": 2, "seed": 0, "epochs": 3}
     if script == "main_BU":
         flags |= {"deacc": 2.0, "base_sparsity": 90.0, "select_on": "test"}
     folder.mkdir(parents=True, exist_ok=True)
     states = []
-    for place, row in enumerate(rows):
-        state = {"state": place + 1, "density": 100.0} | row
+    for t, row in enumerate(rows, 1):
+        state = {"state": t, "density": 100.0} | row
         states.append(state | {"mean": statistics.fmean(state["accuracy"])})
     content = {"script": script, "config": flags | config, "states": states}
     (folder / name).write_text(json.dumps(content))
@@ -40,13 +40,13 @@ def dense(folder, seed, accuracies, **config):
 def bottom_up(folder, seed=0, **config):
     """Three prunings of task 1, of which the second is the ticket; task 2 re-grows it in one."""
     rounds = [(80.0, 88.0, 2.0), (8.0, 89.0, 1.0), (6.4, 80.0, 10.0)]
-    rounds = [dict(zip(("density", "accuracy", "decay"), each)) for each in rounds]
+    rounds = [dict(zip(("density", "accuracy", "decay"), values)) for values in rounds]
     more = {"layer_density": LAYERS, "dense_accuracy": [90.0]}
     first = {"accuracy": [89.0], "density": 8.0, "ticket_density": 8.0, "rounds": rounds} | more
-    again = {"accuracy": [80.0, 60.0], "density": 8.0, "ticket_density": 30.0} | more
-    again |= {"dense_accuracy": [84.0, 70.0]}
-    again |= {"rounds": [{"density": 30.0, "accuracy": 76.5, "decay": 0.5}]}
-    return write(folder, "main_BU", [first, again], seed=seed, **config)
+    second = {"accuracy": [80.0, 60.0], "density": 8.0, "ticket_density": 30.0} | more
+    second |= {"dense_accuracy": [84.0, 70.0]}
+    second |= {"rounds": [{"density": 30.0, "accuracy": 76.5, "decay": 0.5}]}
+    return write(folder, "main_BU", [first, second], seed=seed, **config)
 
 
 def retrained(folder, seed, accuracy, control="none", **config):
@@ -54,7 +54,7 @@ def retrained(folder, seed, accuracy, control="none", **config):
     paths = {"weight": f"{folder}/task1_best_model.pt", "mask": f"{folder}/mask-2.pt"}
     row = {"state": 2, "accuracy": accuracy, "density": 100.0 if control == "dense" else 30.0}
     name = f"retrain_task2{ending}_results.json"
-    flags = {"control": control} if ending else {}  # the tickets here are of before the flag
+    flags = {"control": control} if ending else {}  # the oldest records lack "none"
     write(folder, "main_train", [row], name, seed=seed, state=2, **paths, **flags, **config)
 
 
@@ -63,7 +63,7 @@ def groups_of(*folders):
 
 
 def lines_of(axes):
-    """The lines of an axes by their names."""
+    """{label: line} of an axes."""
     return {line.get_label(): line for line in axes.get_lines()}
 
 
@@ -72,16 +72,16 @@ def texts_of(figure):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Tables alone, which are quick."""
-    monkeypatch.setattr(pictures, "draw", lambda groups: ({}, []))
+def no_plots(monkeypatch):
+    """Skip the slow part."""
+    monkeypatch.setattr(plots, "draw", lambda groups: ({}, []))
 
 
 # ------------------------------------------------------------------------------ grouping
 
 
-def test_seeds_of_a_setting_are_taken_together(tmp_path):
-    """Folders and flags that change no result may differ, other flags may not."""
+def test_seeds_of_one_setting_form_a_group(tmp_path):
+    """Folders and flags that change no result may differ; other flags may not."""
     a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]], print_freq=50, device="cpu")
     b = dense(tmp_path / "b", 1, [[96.0], [70.0, 50.0]], print_freq=10, device="cuda")
     other = dense(tmp_path / "c", 0, [[50.0], [50.0, 50.0]], no_teaching=True)
@@ -91,7 +91,7 @@ def test_seeds_of_a_setting_are_taken_together(tmp_path):
     assert alone["accuracy"] == {1: {0: 50}, 2: {0: 50}}
 
 
-def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
+def test_the_same_seed_twice_forms_two_groups(tmp_path):
     dense(tmp_path / "x" / "run", 0, [[90.0], [80.0, 60.0]])
     dense(tmp_path / "y" / "run", 0, [[96.0], [70.0, 50.0]])
     groups = groups_of(tmp_path / "x" / "run", tmp_path / "y" / "run")
@@ -99,7 +99,7 @@ def test_the_same_seed_twice_is_not_two_seeds(tmp_path):
     assert [len(one["seeds"]) for one in groups] == [1, 1]
 
 
-def test_runs_on_other_images_are_another_setting(tmp_path):
+def test_runs_on_different_images_form_different_groups(tmp_path):
     folders = [dense(tmp_path / str(seed), seed, [[90.0]]) for seed in range(3)]
     for folder, images in zip(folders, ("abc", "abc", "def")):
         path = tmp_path / folder.name / "results.json"
@@ -107,32 +107,67 @@ def test_runs_on_other_images_are_another_setting(tmp_path):
     assert [[*one["seeds"]] for one in groups_of(*folders)] == [[0, 1], [2]]
 
 
-def test_one_folder_given_twice_counts_once(tmp_path, capsys, no_pictures):
+def test_a_folder_given_twice_counts_once(tmp_path, capsys, no_plots):
     folder = dense(tmp_path / "run", 0, [[90.0], [80.0, 60.0]])
     report.main([str(folder), f"{folder}/../run", "--out", str(tmp_path / "out")])
     assert "| dense | 1 " in capsys.readouterr().out
 
 
-def test_scripts_and_flags_of_lists_are_in_the_labels(tmp_path):
-    rows = [{"accuracy": [90.0], "ticket_density": 80.0}]
+@pytest.mark.parametrize(
+    ("script", "flags", "labels"),
+    [
+        ("main_TD", {"prune_scheduler": [[1, 1], [2, 1]]}, ["{} 1,1", "{} 2,1"]),
+        ("main_BU", {"accept_decay": [0, 1]}, ["{} 0", "{} 1"]),
+        ("main_CIL", {"no_teaching": [False, True]}, ["", "{}"]),
+        ("main_TD", {"criterion": ["magnitude", "random"]}, ["", "{} random"]),
+        ("main_CIL", {"arch": ["resnet18", "resnet32"]}, ["", "{} resnet32"]),
+    ],
+)
+def test_labels_show_the_flags_that_differ(tmp_path, script, flags, labels):
+    """With a list joined by commas, a 0, but nothing for the default of a later flag."""
+    ((flag, values),) = flags.items()
+    row = {"accuracy": [90.0], "ticket_density": 80.0, "dense_accuracy": [90.0]}
+    folders = [write(tmp_path / f"{v}", script, [row], **{flag: v}) for v in values]
+    name = report.METHODS[script]
+    found = [one["label"] for one in groups_of(*folders)]
+    assert found == [f"{name} {text.format(f'--{flag}')}".strip() for text in labels]
+
+
+@pytest.mark.parametrize(
+    ("script", "older", "newer"),
+    [
+        ("main_CIL", {}, {}),
+        ("main_TD", {}, {"criterion": "magnitude"}),
+        ("main_BU", {}, {"criterion": "magnitude"}),
+        ("main_train", {"unlabel_num": 50}, {}),
+        ("test", {"unlabel_num": 50, "epochs": 100, "lr": 0.01}, {}),
+    ],
+)
+def test_older_results_group_with_newer_ones(tmp_path, script, older, newer):
+    """Older ones lack some flags, and have others that changed nothing."""
+    row = {"accuracy": [90.0], "dense_accuracy": [90.0]}
+    write(tmp_path / "0", script, [row], **older)
+    write(tmp_path / "1", script, [row], seed=1, arch="resnet18", **newer)
+    for seed in (0, 1):  # without the flags that write() adds
+        path = tmp_path / str(seed) / "results.json"
+        run = json.loads(path.read_text())
+        kept = {**older, **newer, "arch": 0, "seed": 0, "dataset": 0, "width": 0, "classifiers": 0}
+        run["config"] = {key: value for key, value in run["config"].items() if key in kept}
+        path.write_text(json.dumps(run))
+    (one,) = groups_of(tmp_path / "0", tmp_path / "1")
+    assert [*one["seeds"]] == [0, 1] and "--" not in one["label"]
+
+
+def test_the_title_names_other_networks_than_the_papers(tmp_path):
     folders = [
-        write(tmp_path / f"{schedule}", "main_TD", rows, prune_scheduler=[schedule, 1])
-        for schedule in (1, 2)
+        dense(tmp_path / arch, 0, [[90.0]], arch=arch, width=width)
+        for arch, width in (("resnet18", 64), ("resnet32", 16))
     ]
-    labels = [one["label"] for one in groups_of(*folders, bottom_up(tmp_path / "BU"))]
-    assert labels == ["TD --prune_scheduler 1,1", "TD --prune_scheduler 2,1", "BU"]
+    assert plots.title(groups_of(*folders)) == "digits, resnet32, width 16; digits, width 64"
 
 
-def test_a_flag_of_zero_is_told(tmp_path):
-    folders = [bottom_up(tmp_path / str(n), accept_decay=n) for n in (0, 1)]
-    assert [one["label"] for one in groups_of(*folders)] == [
-        "BU --accept_decay 0",
-        "BU --accept_decay 1",
-    ]
-
-
-def test_tickets_belong_to_the_run_that_made_them(tmp_path):
-    """main_train does not know how its ticket was chosen; the run in its folder does."""
+def test_retrained_tickets_take_the_flags_of_the_run_that_found_them(tmp_path):
+    """main_train does not know how its ticket was selected; the run in its folder does."""
     for select in ("val", "test"):
         for seed in (0, 1):
             folder = bottom_up(tmp_path / f"{select}{seed}", seed, select_on=select)
@@ -150,7 +185,7 @@ def test_tickets_belong_to_the_run_that_made_them(tmp_path):
     ]
 
 
-def test_other_weights_than_those_of_the_task_before_are_no_task_rewound_ticket(tmp_path):
+def test_only_weights_of_the_previous_task_make_a_task_rewound_ticket(tmp_path):
     retrained(tmp_path, 0, [70.0, 60.0])
     assert groups_of(tmp_path)[0]["label"] == "TR-BU"
     path = tmp_path / "retrain_task2_results.json"
@@ -158,7 +193,7 @@ def test_other_weights_than_those_of_the_task_before_are_no_task_rewound_ticket(
     assert groups_of(tmp_path)[0]["label"] == "retrained"
 
 
-def test_the_last_point_of_TD_is_its_result(tmp_path):
+def test_the_last_task_of_TD_has_the_accuracy_of_its_result(tmp_path):
     states = [
         {"accuracy": [90.0], "density": 100.0, "ticket_density": 80.0},
         {"accuracy": [80.0, 70.0], "density": 80.0, "ticket_density": 64.0},
@@ -168,23 +203,23 @@ def test_the_last_point_of_TD_is_its_result(tmp_path):
     assert one["accuracy"] == {1: {0: 90}, 2: {0: 55}}
     assert one["density"] == {1: {0: 80}, 2: {0: 64}}
     (begun,) = groups_of(write(tmp_path / "begun", "main_TD", states[:2]))
-    assert begun["accuracy"] == {1: {0: 90}}  # 75 % is not that of the result
+    assert begun["accuracy"] == {1: {0: 90}}  # 75 % is not the accuracy of the result
 
 
 # ------------------------------------------------------------------------------ tables
 
 
-def test_definitions_against_a_matrix_worked_out_by_hand():
+def test_measures_of_a_matrix_worked_out_by_hand():
     matrix = [[90.0], [70.0, 80.0], [60.0, 90.0, 30.0]]
-    assert utils.last_accuracy(matrix) == 60
-    assert utils.average_incremental_accuracy(matrix) == 75  # of 90, 75, 60
-    assert utils.forgetting(matrix) == 10  # of 90 - 60 and 80 - 90
-    assert utils.forgetting([[90.0]]) is None
-    assert utils.spread([1.0, 2.0, 6.0]) == (3, pytest.approx(7**0.5))
-    assert utils.spread([4.0]) == (4, None)
+    assert metrics.last_accuracy(matrix) == 60
+    assert metrics.average_incremental_accuracy(matrix) == 75  # of 90, 75, 60
+    assert metrics.forgetting(matrix) == 10  # of 90 - 60 and 80 - 90
+    assert metrics.forgetting([[90.0]]) is None
+    assert metrics.mean_and_sd([1.0, 2.0, 6.0]) == (3, pytest.approx(7**0.5))
+    assert metrics.mean_and_sd([4.0]) == (4, None)
 
 
-def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_pictures):
+def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_plots):
     """Accuracies after the tasks: 90, 70; 96, 60; 93, 62. AIA 80, 78, 77.5."""
     for seed, rows in enumerate(
         ([[90.0], [80.0, 60.0]], [[96.0], [70.0, 50.0]], [[93.0], [93.0, 31.0]])
@@ -192,13 +227,13 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
         dense(tmp_path / f"dense{seed}", seed, rows)
     runs = [str(path) for path in sorted(tmp_path.glob("dense?"))]
     report.main([*runs, "--out", str(tmp_path / "out")])
-    told = (tmp_path / "out" / "report.md").read_text()
-    wanted = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
-    row = [cell.strip() for cell in told.splitlines()[6].strip("| ").split("|")]
-    assert row == [*wanted, "100.00 ± 0.00"]
-    assert all(f"- {name}: " in told for name in utils.DEFINITIONS)
-    assert told.splitlines()[6] in capsys.readouterr().out
-    assert "controls" not in told and not (tmp_path / "out" / "controls.csv").exists()
+    text = (tmp_path / "out" / "report.md").read_text()
+    expected = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
+    row = [cell.strip() for cell in text.splitlines()[6].strip("| ").split("|")]
+    assert row == [*expected, "100.00 ± 0.00"]
+    assert all(f"- {name}: " in text for name in metrics.DEFINITIONS)
+    assert text.splitlines()[6] in capsys.readouterr().out
+    assert "controls" not in text and not (tmp_path / "out" / "controls.csv").exists()
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["run"], row["seeds"], row["task 1 mean"], row["task 1 sd"]) == (
@@ -209,23 +244,23 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     assert float(row["AIA mean"]) == pytest.approx(78.5)
 
 
-def test_one_seed_has_no_standard_deviation(tmp_path, no_pictures):
+def test_one_seed_has_no_standard_deviation(tmp_path, no_plots):
     report.main([str(dense(tmp_path, 0, [[90.0], [80.0, 60.0]])), "--out", str(tmp_path / "out")])
     assert "±" not in (tmp_path / "out" / "report.md").read_text().split("\n\n")[1]
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         assert next(csv.DictReader(file))["last sd"] == ""
 
 
-def test_a_run_that_has_not_finished_is_told(tmp_path, capsys, no_pictures):
+def test_an_unfinished_run_is_noted(tmp_path, capsys, no_plots):
     a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]])
     b = dense(tmp_path / "b", 1, [[96.0]])
     report.main([str(a), str(b), "--out", str(tmp_path / "out")])
-    told = capsys.readouterr().out
-    assert "dense, seed 1: 1 of 2 tasks so far" in told
-    assert re.search(r"\| 93.0 ± 4.2 +\| 70.0 \(n = 1\) +\|", told)
+    text = capsys.readouterr().out
+    assert "dense, seed 1: 1 of 2 tasks so far" in text
+    assert re.search(r"\| 93.0 ± 4.2 +\| 70.0 \(n = 1\) +\|", text)
 
 
-def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys, no_pictures):
+def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys, no_plots):
     """Tickets 60, 70, 80; random masks 58, 69 and, without a ticket, 10."""
     for seed, ticket, control in (
         (0, 60.0, 58.0),
@@ -253,18 +288,18 @@ def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys
     assert "-1.5 ± 0.7 (n = 2)" in capsys.readouterr().out
 
 
-def test_what_stands_in_a_label_breaks_no_table(tmp_path, capsys, no_pictures):
-    for place, name in enumerate(("a|b", "c\nd\ud800")):
-        dense(tmp_path / str(place), 0, [[90.0]], extra=name)
+def test_odd_characters_in_a_label_break_no_table(tmp_path, capsys, no_plots):
+    for number, name in enumerate(("a|b", "c\nd\ud800")):
+        dense(tmp_path / str(number), 0, [[90.0]], extra=name)
     report.main([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "out")])
     table = (tmp_path / "out" / "report.md").read_text().split("\n\n")[1].splitlines()
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1 and len(table) == 4
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ plots
 
 
-def test_all_pictures_are_written_in_both_forms_and_the_same_each_time(tmp_path):
+def test_all_plots_are_written_in_both_formats_and_identically_each_time(tmp_path):
     folder = bottom_up(tmp_path / "BU")
     retrained(folder, 0, [70.0, 60.0])
     retrained(folder, 0, [50.0, 40.0], "dense")
@@ -280,13 +315,13 @@ def test_all_pictures_are_written_in_both_forms_and_the_same_each_time(tmp_path)
             assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_picture_of_accuracies(tmp_path):
-    """Means of seeds with bars, tickets as points, no controls, the dense network of main_BU."""
+def test_plot_of_accuracies(tmp_path):
+    """Means with error bars, tickets as points, no controls, the dense network of main_BU."""
     for seed in (0, 1):
         folder = bottom_up(tmp_path / f"BU{seed}", seed)
         retrained(folder, seed, [70.0 + 10 * seed, 60.0])
         retrained(folder, seed, [10.0, 10.0], "reinit")
-    above, below = pictures.report(groups_of(tmp_path / "BU0", tmp_path / "BU1")).axes
+    above, below = plots.report(groups_of(tmp_path / "BU0", tmp_path / "BU1")).axes
     shown = {c.get_label(): c for c in above.containers if isinstance(c, ErrorbarContainer)}
     assert [*shown] == ["BU: 30.00 %, n = 2", "TR-BU: 30.00 %, n = 2"]
     bu, ticket = (container.lines for container in shown.values())
@@ -300,9 +335,9 @@ def test_picture_of_accuracies(tmp_path):
     assert list(densities.lines[0].get_ydata()) == [8, 30] and below.get_yscale() == "log"
 
 
-def test_the_dense_network_is_drawn_once(tmp_path):
+def test_main_CIL_replaces_the_dense_network_of_main_BU(tmp_path):
     runs = groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[90.0], [80.0, 70.0]]))
-    assert "dense network of BU" not in lines_of(pictures.report(runs).axes[0])
+    assert "dense network of BU" not in lines_of(plots.report(runs).axes[0])
 
 
 PAPER = {  # SPEC section 8
@@ -330,26 +365,26 @@ PAPER = {  # SPEC section 8
 def test_curves_of_the_paper(tmp_path, dataset, tasks, classes, drawn):
     shape = {"classifiers": tasks, "classes_per_classifier": classes}
     run = dense(tmp_path, 0, [[90.0]], dataset=dataset, **shape)
-    lines = lines_of(pictures.report(groups_of(run)).axes[0])
+    lines = lines_of(plots.report(groups_of(run)).axes[0])
     found = {label: line for label, line in lines.items() if "paper" in label}
     assert len(found) == 2 * drawn
     for name, (density, accuracies) in PAPER[dataset].items() if drawn else ():
         (line,) = (line for label, line in found.items() if label.startswith(f"{name} of"))
-        assert list(line.get_ydata()) == [float(word) for word in accuracies.split()]
+        assert list(line.get_ydata()) == [float(value) for value in accuracies.split()]
         assert list(line.get_xdata()) == [*range(1, tasks + 1)]
         assert f"{density:.2f} %" in line.get_label()
 
 
-def test_the_curves_of_the_paper_name_their_source():
+def test_the_file_of_paper_curves_names_its_source():
     content = json.loads((ROOT / "data" / "figure4.json").read_text())
     assert "Figure 4" in content["source"]
     assert [content[name]["uncertainty"] for name in PAPER] == [0.2, 0.4]
 
 
-def test_picture_of_the_matrix_is_the_mean_over_seeds(tmp_path):
+def test_the_matrix_is_the_mean_over_seeds(tmp_path):
     a = dense(tmp_path / "a", 0, [[90.0], [80.0, 60.0]])
     b = dense(tmp_path / "b", 1, [[96.0], [70.0, 30.0]])
-    figure = pictures.matrix(groups_of(a, b))
+    figure = plots.matrix(groups_of(a, b))
     panel = figure.axes[0]
     assert [text.get_text() for text in panel.texts] == ["93", "75", "45"]
     assert [text.get_position() for text in panel.texts] == [(1, 1), (1, 2), (2, 2)]
@@ -358,20 +393,20 @@ def test_picture_of_the_matrix_is_the_mean_over_seeds(tmp_path):
     assert panel.get_title() == "dense, n = 2"
 
 
-def test_the_matrix_is_of_runs_through_several_tasks(tmp_path):
-    """Tickets trained anew begin each from other weights: they make no matrix."""
+def test_retrained_tickets_make_no_matrix(tmp_path):
+    """Each starts from other weights."""
     run = bottom_up(tmp_path / "BU")
     retrained(run, 0, [90.0, 70.0])
     first = {"state": 1, "accuracy": [90.0], "density": 8.0}
     paths = {"weight": "task0_best_model.pt", "mask": "mask-1.pt"}
     write(run, "main_train", [first], "retrain_task1_results.json", seed=0, state=1, **paths)
-    figure = pictures.matrix(groups_of(run))
+    figure = plots.matrix(groups_of(run))
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert titles == ["BU, n = 1"]
 
 
-def test_picture_of_layers(tmp_path):
-    figure = pictures.layers(
+def test_plot_of_layers(tmp_path):
+    figure = plots.layers(
         groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[9.0]]))
     )
     (panel,) = figure.axes
@@ -388,23 +423,23 @@ def test_layers_of_TD_are_those_of_its_last_ticket(tmp_path):
         {"accuracy": [80.0, 70.0], "ticket_density": 64.0, "layer_density": {"conv1": 64.0}},
         {"accuracy": [60.0, 50.0], "density": 64.0},
     ]
-    figure = pictures.layers(groups_of(write(tmp_path, "main_TD", states)))
+    figure = plots.layers(groups_of(write(tmp_path, "main_TD", states)))
     assert texts_of(figure) == ["64"]
 
 
-def test_records_of_before_without_densities_of_layers(tmp_path, capsys):
+def test_records_without_densities_of_layers(tmp_path, capsys):
     path = bottom_up(tmp_path / "BU") / "results.json"
     path.write_text(path.read_text().replace("layer_density", "something_else"))
     report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
-    assert "no picture of layers" in capsys.readouterr().out
+    assert "no plot of layers" in capsys.readouterr().out
     assert not (tmp_path / "out" / "layers.png").exists()
     assert (tmp_path / "out" / "report.png").exists()
 
 
-def test_picture_of_prunings(tmp_path):
+def test_plot_of_prunings(tmp_path):
     """A line for each sequence of rounds, a star on each ticket, dense network and stop rule."""
     runs = [bottom_up(tmp_path / str(seed), seed) for seed in (0, 1)]
-    figure = pictures.prunings(groups_of(*runs))
+    figure = plots.prunings(groups_of(*runs))
     (panel,) = figure.axes
     stars = [line for line in panel.get_lines() if line.get_marker() == "*"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in stars] == [(8, -1), (30, -0.5)] * 2
@@ -414,17 +449,17 @@ def test_picture_of_prunings(tmp_path):
     flat = [line.get_ydata()[0] for line in panel.get_lines() if line.get_marker() == "None"]
     assert flat[:2] == [0, -2]
     assert panel.get_lines()[-1].get_xdata()[0] == 10 and panel.get_xscale() == "log"
-    told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert told[:4] == ["task 1", "task 2, re-growth", "the ticket", "the dense network"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[:4] == ["task 1", "task 2, re-growth", "the ticket", "the dense network"]
     assert panel.get_xlim()[0] > panel.get_xlim()[1]  # from dense to sparse
 
 
-def test_picture_of_controls(tmp_path):
+def test_plot_of_controls(tmp_path):
     for seed in (0, 1):
         folder = bottom_up(tmp_path / f"BU{seed}", seed)
         retrained(folder, seed, [60.0 + 10 * seed] * 2)
         retrained(folder, seed, [50.0, 50.0], "reinit")
-    figure = pictures.controls(groups_of(tmp_path / "BU0", tmp_path / "BU1"))
+    figure = plots.controls(groups_of(tmp_path / "BU0", tmp_path / "BU1"))
     (panel,) = figure.axes
     assert [text.get_text() for text in panel.get_yticklabels()] == ["the ticket", "new network"]
     ticket, control = panel.containers
@@ -434,9 +469,9 @@ def test_picture_of_controls(tmp_path):
     assert "n = 2" in panel.get_title(loc="left")
 
 
-def test_without_controls_there_is_no_picture_of_them(tmp_path):
+def test_without_controls_there_is_no_plot_of_them(tmp_path):
     retrained(bottom_up(tmp_path), 0, [60.0, 60.0])
-    assert pictures.controls(groups_of(tmp_path)) is None
+    assert plots.controls(groups_of(tmp_path)) is None
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -447,32 +482,33 @@ DAMAGES = {
     "accuracies of too many tasks": lambda run: run["states"][0]["accuracy"].append(50.0),
     "accuracy above 100": lambda run: run["states"][0]["accuracy"].__setitem__(0, 101.0),
     "accuracy true": lambda run: run["states"][0]["accuracy"].__setitem__(0, True),
-    "density of a layer a word": lambda run: run["states"][0].update(layer_density={"a": "b"}),
+    "density of a layer a string": lambda run: run["states"][0].update(layer_density={"a": "b"}),
     "densities of layers a list": lambda run: run["states"][0].update(layer_density=[1.0]),
     "more states than tasks": lambda run: run["config"].update(classifiers=1),
     "no width": lambda run: run["config"].pop("width"),
     "seed a list": lambda run: run["config"].update(seed=[0]),
-    "seed not whole": lambda run: run["config"].update(seed=0.5),
+    "seed not an integer": lambda run: run["config"].update(seed=0.5),
     "data set a list": lambda run: run["config"].update(dataset=["digits"]),
     "unknown control": lambda run: run["config"].update(control="magic"),
     "rounds without a ticket": lambda run: run["states"][0].pop("ticket_density"),
-    "rounds without a rule": lambda run: run["config"].pop("deacc"),
+    "rounds without a stop rule": lambda run: run["config"].pop("deacc"),
     "rounds a number": lambda run: run["states"][0].update(rounds=3),
     "decay nan": lambda run: run["states"][0]["rounds"][0].update(decay=float("nan")),
-    "sparsity of all": lambda run: run["config"].update(base_sparsity=100),
+    "sparsity above 100": lambda run: run["config"].update(base_sparsity=100.5),
+    "architecture a number": lambda run: run["config"].update(arch=18),
     "selection a number": lambda run: run["config"].update(select_on=1),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_records_are_refused_in_one_line(tmp_path, damage, no_pictures):
+def test_damaged_results_give_one_line(tmp_path, damage, no_plots):
     path = bottom_up(tmp_path / "BU") / "results.json"
     run = json.loads(path.read_text())
     damage(run)
     path.write_text(json.dumps(run))
-    with pytest.raises(utils.Refusal, match="BU: results.json is damaged") as refusal:
+    with pytest.raises(UserError, match="BU: results.json is damaged") as error:
         report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -482,15 +518,17 @@ def test_damaged_records_are_refused_in_one_line(tmp_path, damage, no_pictures):
         {"deacc": 1e300},
         {"deacc": 10**400},
         {"base_sparsity": 0},
+        {"base_sparsity": 100},
+        {"dataset": "$\\frac$"},
         {"seed": 2**63},
         {"extra": {"a": [1, None]}},
         {"extra": "x" * 10**5},
         {"extra": "$\\frac$"},
     ],
 )
-def test_odd_records_are_drawn(tmp_path, monkeypatch, change):
+def test_odd_results_are_drawn(tmp_path, monkeypatch, change):
     drawn = []
-    monkeypatch.setattr(pictures, "write", lambda figure, path: drawn.append((figure, path.name)))
+    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.append((figure, path.name)))
     report.main(
         [
             str(bottom_up(tmp_path / "BU", **{"seed": 0} | change)),
@@ -500,23 +538,23 @@ def test_odd_records_are_drawn(tmp_path, monkeypatch, change):
     )
     assert [name for _, name in drawn] == ["report", "matrix", "layers", "prunings"]
     for figure, _ in drawn:
-        figure.draw_without_rendering()  # which lays all out
+        figure.draw_without_rendering()  # which does the layout
 
 
-def test_a_run_without_any_weights_left_is_drawn(tmp_path):
+def test_a_run_without_remaining_weights_is_drawn(tmp_path):
     path = bottom_up(tmp_path / "BU") / "results.json"
     path.write_text(re.sub(r'"(ticket_)?density": [\d.]+', r'"\1density": 0', path.read_text()))
     report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "prunings.png").exists()
 
 
-def test_runs_that_have_just_begun_are_passed_over(tmp_path):
+def test_runs_without_results_are_skipped(tmp_path):
     folder = bottom_up(tmp_path)
     write(folder, "main_train", [], "retrain_task2_results.json", state=2)
     assert [one["label"] for one in groups_of(folder)] == ["BU"]
 
 
-def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
+def test_an_unwritable_folder_gives_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(utils.Refusal, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         report.main([str(bottom_up(tmp_path / "BU")), "--out", str(tmp_path / "file")])

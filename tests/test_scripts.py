@@ -1,29 +1,30 @@
-"""The five scripts end to end on a handful of digits, and the decisions that each of them owns."""
+"""The five scripts end to end on a handful of digits, and the decisions that each of them makes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-import dataset
 import main_BU
 import main_CIL
 import main_TD
 import main_train
 import pruning_utils
-import report
-import reproduce
+import teaching
 import test as test_script
 import trainer
-import utils
+from datasets import prepare
+from models import build_model
+from runtime import metrics, process
+from runtime.checkpoint import load_checkpoint, read_state_dict
+from runtime.errors import UserError
+from tools import report
 
-FLAGS = "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 48 --unlabel_num 2"
-TINY = FLAGS.split()
-ROOT = Path(__file__).parent.parent
+BASE = ["--dataset", "digits", "--classifiers", "3", "--width", "4"]
+TRAIN = [*BASE, "--epochs", "2", "--batch_size", "48"]
+TINY = [*TRAIN, "--unlabel_num", "2"]
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
@@ -32,84 +33,28 @@ def results(folder, name="results.json"):
 
 
 def best(folder, name):
-    return utils.read_state(folder / f"{name}_best_model.pt")
+    return read_state_dict(folder / f"{name}_best_model.pt")
 
 
-def ones(state):
-    return {name: mask.bool() for name, mask in pruning_utils.extract_mask(state).items()}
+def same(a, b):
+    """Whether two state dicts hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key].cpu()) for key in a)
 
 
-# ------------------------------------------------------------------------------ main_CIL
+def masks_are(state, masks):
+    """Whether a state dict is under these masks."""
+    own = pruning_utils.extract_mask(state)
+    return own.keys() == masks.keys() and all(torch.equal(own[n].cpu(), masks[n]) for n in masks)
 
 
-def test_CIL_runs_all_tasks_and_leaves_its_records(tmp_path, capsys):
-    main_CIL.main([*TINY, "--save_dir", str(tmp_path)])
-    run = results(tmp_path)
-    matrix = [row["accuracy"] for row in run["states"]]
-    assert [len(row) for row in matrix] == [1, 2, 3]
-    assert all(row["density"] == 100 and row["seconds"] > 0 for row in run["states"])
-    assert run["states"][2]["mean"] == pytest.approx(sum(matrix[2]) / 3)
-    assert run["average_incremental_accuracy"] == utils.average_incremental_accuracy(matrix)
-    assert run["forgetting"] == utils.forgetting(matrix)
-    assert run["config"]["epochs"] == 2 and run["versions"]["torch"] == torch.__version__
-    assert run["device"].startswith("cpu") or run["device"].startswith(("cuda", "mps"))
-    log = (tmp_path / "log_results.txt").read_text().splitlines()
-    assert log[0].split("\t")[:5] == ["state", "task1", "task2", "task3", "mean"]
-    assert log[3].split("\t")[3] == f"{matrix[2][2]:.2f}"
-    for t in (1, 2, 3):
-        saved = torch.load(tmp_path / f"task{t}_checkpoint.pt", weights_only=True)
-        assert (
-            saved["epoch"] == 2
-            and saved["best_prec1"] == run["states"][t - 1]["training"]["best_val"]
-        )
-    assert (tmp_path / "data" / "task2_img.npy").exists()
-    assert not (tmp_path / "data" / "task3_img.npy").exists()  # nobody would learn from it
-    assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
+def is_within(inner, outer):
+    """Whether every weight that remains in one dict of masks remains in another too."""
+    return all(bool((inner[name] <= outer[name]).all()) for name in inner)
 
 
-def test_CIL_tests_best_models_and_goes_on_from_them(tmp_path, monkeypatch):
-    """With accuracies that fall, the best epoch is the first one, not the last."""
-    let_accuracies_fall(monkeypatch)
-    started = starts(monkeypatch, main_CIL)
-    main_CIL.main([*TINY, "--save_dir", str(tmp_path)])
-    for t in (1, 2):
-        first, last = (
-            best(tmp_path, f"task{t}"),
-            utils.read_state(tmp_path / f"task{t}_checkpoint.pt"),
-        )
-        assert not torch.equal(first["conv1.weight"], last["conv1.weight"])
-        assert same(started[t], first)
-    row = test_script.main(
-        [*TINY, "--pretrained", str(tmp_path / "task3_best_model.pt"), "--state", "3"]
-    )
-    assert row["states"][0]["accuracy"] == results(tmp_path)["states"][2]["accuracy"]
-
-
-def let_accuracies_fall(monkeypatch):
-    falling = iter(range(99, 0, -1))
-    monkeypatch.setattr(trainer, "validate", lambda *args: next(falling))
-
-
-def starts(monkeypatch, script):
-    """The state dicts from which train_task was called, in order."""
-    seen, real = [], script.train_task
-
-    def train_task(model, *rest, **more):
-        seen.append(pruning_utils.clone_state(model))
-        return real(model, *rest, **more)
-
-    monkeypatch.setattr(script, "train_task", train_task)
-    return seen
-
-
-def same(a, b, endings=""):
-    """Whether two state dicts hold the same tensors, bit for bit, under keys with these endings."""
-    keys = [key for key in a if key.endswith(endings)]
-    assert keys
-    return a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key].cpu()) for key in keys)
-
-
-# ------------------------------------------------------------------------------ main_TD
+def run_CIL(folder, *flags):
+    main_CIL.main([*TINY, "--save_dir", str(folder), *flags])
+    return results(folder)
 
 
 def run_TD(folder, *flags):
@@ -117,91 +62,189 @@ def run_TD(folder, *flags):
     return results(folder)
 
 
-def test_TD_follows_the_curriculum(tmp_path, monkeypatch):
-    retrained, real = [], main_TD.retrain
+def run_BU(folder, *flags):
+    tiny = [*TINY, "--iter_epochs", "1", "--max_iter_prun", "3"]
+    main_BU.main([*tiny, "--save_dir", str(folder), *flags])
+    return results(folder)
 
-    def retrain(model, task, data, run, step, optimizer):
+
+def run_train(folder, weight, mask, state, *flags):
+    files = ["--weight", str(weight), "--mask", str(mask), "--save_dir", str(folder)]
+    main_train.main([*TRAIN, *files, "--state", str(state), *flags])
+    return results(folder, f"retrain_task{state}_results.json")["states"][0]
+
+
+def run_test(path, *flags):
+    """The row that test.py reports of a checkpoint."""
+    return test_script.main([*BASE, "--pretrained", str(path), *flags])["states"][0]
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The state dicts from which train_task() was called, in order."""
+    seen, real = [], trainer.train_task
+
+    def train_task(model, *rest):
+        seen.append(pruning_utils.clone_state(model))
+        return real(model, *rest)
+
+    monkeypatch.setattr(trainer, "train_task", train_task)
+    return seen
+
+
+@pytest.fixture
+def falling_accuracies(monkeypatch):
+    """Validation accuracies fall, so the best epoch is the first one, not the last."""
+    falling = iter(range(99, 0, -1))
+    monkeypatch.setattr(trainer, "validate", lambda *args: next(falling))
+
+
+# ------------------------------------------------------------------------------ main_CIL
+
+
+def test_CIL_trains_all_tasks_and_writes_its_records(tmp_path, capsys):
+    run = run_CIL(tmp_path)
+    matrix = [row["accuracy"] for row in run["states"]]
+    assert [len(row) for row in matrix] == [1, 2, 3]
+    assert all(row["density"] == 100 and row["seconds"] > 0 for row in run["states"])
+    assert run["states"][2]["mean"] == pytest.approx(sum(matrix[2]) / 3)
+    assert run["average_incremental_accuracy"] == metrics.average_incremental_accuracy(matrix)
+    assert run["forgetting"] == metrics.forgetting(matrix)
+    assert run["config"]["epochs"] == 2 and run["versions"]["torch"] == torch.__version__
+    assert run["device"].startswith(("cpu", "cuda", "mps"))
+    log = (tmp_path / "log_results.txt").read_text().splitlines()
+    assert log[0].split("\t")[:5] == ["state", "task1", "task2", "task3", "mean"]
+    assert log[3].split("\t")[3] == f"{matrix[2][2]:.2f}"
+    for t in (1, 2, 3):
+        saved = torch.load(tmp_path / f"task{t}_checkpoint.pt", weights_only=True)
+        assert saved["epoch"] == 2
+        assert saved["best_prec1"] == run["states"][t - 1]["training"]["best_val"]
+    assert (tmp_path / "data" / "task2_img.npy").exists()
+    assert not (tmp_path / "data" / "task3_img.npy").exists()  # no task would use it
+    assert capsys.readouterr().err == ""  # no progress bar without a terminal
+    # test.py tests the last task unless another is given: here task 3, not 5
+    tested = run_test(tmp_path / "task3_best_model.pt")
+    assert tested["state"] == 3 and tested["accuracy"] == matrix[2]
+
+
+def test_CIL_tests_best_models_and_continues_from_them(tmp_path, falling_accuracies, starts):
+    run = run_CIL(tmp_path)
+    for t in (1, 2):
+        first, last = (
+            best(tmp_path, f"task{t}"),
+            read_state_dict(tmp_path / f"task{t}_checkpoint.pt"),
+        )
+        assert not same(first, last)
+        assert same(starts[t], first)
+    tested = run_test(tmp_path / "task3_best_model.pt", "--state", "3")
+    assert tested["accuracy"] == run["states"][2]["accuracy"]
+
+
+# ------------------------------------------------------------------------------ main_TD
+
+
+def test_TD_follows_the_curriculum(tmp_path, monkeypatch, starts):
+    retrained, real = [], trainer.retrain
+
+    def retrain(model, task, run, step, part=None, optimizer=None):
         retrained.append((task.t, step, optimizer))
-        return real(model, task, data, run, step, optimizer=optimizer)
+        return real(model, task, run, step, part, optimizer)
 
-    monkeypatch.setattr(main_TD, "retrain", retrain)
-    started = starts(monkeypatch, main_TD)
+    monkeypatch.setattr(trainer, "retrain", retrain)
     run = run_TD(tmp_path, "--prune_scheduler", "1,0,3")
     states = run["states"]
     assert [row["state"] for row in states] == [1, 2, 3, 4]
     assert [len(row["accuracy"]) for row in states] == [1, 2, 3, 3]
-    # each is tested before its own prunings
+    # each task is tested before its own prunings
     assert [round(row["density"], 1) for row in states] == [100, 80, 80, 41]
     assert [round(row["ticket_density"], 1) for row in states[:3]] == [80, 80, 41]
-    # s_t - 1 retrainings, one optimizer for the state
+    # s_t - 1 retrainings, one optimizer for the task
     assert [(t, step) for t, step, _ in retrained] == [(3, "task3_prune1"), (3, "task3_prune2")]
     assert retrained[0][2] is retrained[1][2]
     assert retrained[0][2].param_groups[0]["lr"] == pytest.approx(0.01 / 100)
-    # rewound to the initialisation, convolutions alone, also where nothing was pruned
-    initial = utils.read_state(tmp_path / "task0_checkpoint_weight.pt")
+    # rewound to the initialization, convolutions only, also where nothing was pruned
+    initial = read_state_dict(tmp_path / "task0_checkpoint_weight.pt")
     convolutions = [key for key, value in initial.items() if value.ndim == 4]
-    for number, start in enumerate(started[1:], start=2):
+    for number, start in enumerate(starts[1:], start=2):
         for key in convolutions:
-            assert torch.equal(
-                start[key.replace(".weight", ".weight_orig")].cpu(), initial[key].cpu()
-            )
-        last = utils.read_state(tmp_path / f"task{number - 1}_checkpoint.pt")
+            orig = start[key.replace(".weight", ".weight_orig")]
+            assert torch.equal(orig.cpu(), initial[key].cpu())
+        last = read_state_dict(tmp_path / f"task{number - 1}_checkpoint.pt")
         kept = [key for key in last if "bn" in key or "linear" in key]
         if number < 4:  # no retraining in between
             assert all(torch.equal(start[key].cpu(), last[key].cpu()) for key in kept)
     # masks only shrink
-    masks = [ones(best(tmp_path, f"task{t}")) for t in (2, 3, 4)]
-    for earlier, later in zip(masks, masks[1:]):
-        assert all(bool((later[name] <= earlier[name]).all()) for name in earlier)
-    # the summary takes the result for task T's row
+    masks = [pruning_utils.extract_mask(best(tmp_path, f"task{t}")) for t in (2, 3, 4)]
+    assert is_within(masks[1], masks[0]) and is_within(masks[2], masks[1])
+    # the summary takes the result for task T's row, and so does the report
     matrix = [states[i]["accuracy"] for i in (0, 1, 3)]
-    assert run["average_incremental_accuracy"] == utils.average_incremental_accuracy(matrix)
-    assert run["forgetting"] == utils.forgetting(matrix)
+    assert run["average_incremental_accuracy"] == metrics.average_incremental_accuracy(matrix)
+    assert run["forgetting"] == metrics.forgetting(matrix)
     assert (tmp_path / "data" / "task2_img.npy").exists()
+    (group,) = report.group(report.read(tmp_path))
+    assert [*group["accuracy"]] == [1, 2, 3]
+    assert group["accuracy"][3] == {0: pytest.approx(states[3]["mean"])}
+    assert [round(density[0], 1) for density in group["density"].values()] == [80, 80, 41]
 
 
-def test_TD_prunes_the_last_model_and_teaches_with_the_best(tmp_path, monkeypatch):
-    let_accuracies_fall(monkeypatch)
-    seen, real = {"taught": [], "pruned": []}, (main_TD.teaching.teach, main_TD.prune_state)
+def test_TD_prunes_the_last_model_and_teaches_with_the_best(
+    tmp_path, monkeypatch, falling_accuracies
+):
+    teachers, pruned, real = [], [], (teaching.teach, main_TD.prune_task)
 
-    def teach(model, data, run, t):
-        seen["taught"].append(pruning_utils.clone_state(model))
-        return real[0](model, data, run, t)
+    def teach(model, *rest):
+        teachers.append(pruning_utils.clone_state(model))
+        return real[0](model, *rest)
 
-    def prune_state(model, *rest):
-        seen["pruned"].append(pruning_utils.clone_state(model))
+    def prune_task(model, *rest):
+        pruned.append(pruning_utils.clone_state(model))
         return real[1](model, *rest)
 
-    monkeypatch.setattr(main_TD.teaching, "teach", teach)
-    monkeypatch.setattr(main_TD, "prune_state", prune_state)
+    monkeypatch.setattr(teaching, "teach", teach)
+    monkeypatch.setattr(main_TD, "prune_task", prune_task)
     run_TD(tmp_path, "--prune_scheduler", "1,1,1")
     for t in (1, 2):
-        assert same(seen["taught"][t - 1], best(tmp_path, f"task{t}"))
-        last = utils.read_state(tmp_path / f"task{t}_checkpoint.pt")
-        assert same(seen["pruned"][t - 1], last) and not same(seen["taught"][t - 1], last)
+        assert same(teachers[t - 1], best(tmp_path, f"task{t}"))
+        last = read_state_dict(tmp_path / f"task{t}_checkpoint.pt")
+        assert same(pruned[t - 1], last) and not same(teachers[t - 1], last)
 
 
-def test_TD_is_the_same_twice_and_with_another_seed_not(tmp_path):
-    flags = ["--prune_scheduler", "2,1,1", "--rewind", "rand"]
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        run_TD(tmp_path / name, *flags, "--seed", seed)
-    a, b, c = (best(tmp_path / name, "task4") for name in "abc")
-    assert same(a, b) and not same(a, c)
-    rows = [results(tmp_path / name)["states"] for name in "ab"]
-    for row in [*rows[0], *rows[1]]:
-        row.pop("seconds"), row["training"].pop("images_per_second")
-    assert rows[0] == rows[1]
+def test_TD_with_random_scores_is_repeatable_and_has_the_same_densities(tmp_path):
+    flags = ["--prune_scheduler", "2,0,1", "--rewind", "rand"]
+    runs = {
+        "magnitude": run_TD(tmp_path / "magnitude", *flags)["states"],
+        "random": run_TD(tmp_path / "random", *flags, "--criterion", "random")["states"],
+        "repeated": run_TD(tmp_path / "repeated", *flags, "--criterion", "random")["states"],
+        "seed": run_TD(tmp_path / "seed", *flags, "--criterion", "random", "--seed", "1")["states"],
+    }
+    for rows in runs.values():
+        assert [row["density"] for row in rows] == [row["density"] for row in runs["random"]]
+        for row in rows:
+            row.pop("seconds"), row["training"].pop("images_per_second")
+    assert runs["random"] == runs["repeated"]
+    assert same(best(tmp_path / "random", "task4"), best(tmp_path / "repeated", "task4"))
+    for t in (2, 4):
+        random, *others = (
+            torch.cat([mask.flatten() for mask in pruning_utils.load_masks(path).values()])
+            for path in (
+                tmp_path / n / f"task{t}_best_model.pt" for n in ("random", "magnitude", "seed")
+            )
+        )
+        for other in others:  # independent masks have density² of the weights in common
+            assert (random * other).mean().item() == pytest.approx(
+                random.mean().item() ** 2, abs=0.02
+            )
 
 
-def test_TD_in_bf16_leaves_files_in_fp32(tmp_path, monkeypatch):
-    real, seen = main_TD.make_model, set()
+def test_TD_in_bf16_writes_float32_files(tmp_path, monkeypatch):
+    real, seen = trainer.make_model, set()
 
     def make_model(*given):
         made = real(*given)
         made.layer4.register_forward_hook(lambda layer, inputs, out: seen.add(out.dtype))
         return made
 
-    monkeypatch.setattr(main_TD, "make_model", make_model)
+    monkeypatch.setattr(trainer, "make_model", make_model)
     run = run_TD(tmp_path, "--prune_scheduler", "2,1,1", "--precision", "bf16")
     assert seen == {torch.bfloat16}
     assert run["config"]["precision"] == "bf16"
@@ -219,186 +262,238 @@ def test_TD_in_bf16_leaves_files_in_fp32(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def script_accuracies(monkeypatch):
-    """Let main_BU's retraining return the given accuracies, without training."""
+def retrain_to(monkeypatch):
+    """Let trainer.retrain() return the given accuracies, without training."""
 
     def install(accuracies):
-        left = iter(accuracies)
-        monkeypatch.setattr(
-            main_BU, "retrain", lambda *a, **k: SimpleNamespace(best=next(left))
-        )  # StopIteration if it retrains more often
+        left = iter(accuracies)  # StopIteration if it is called more often
+
+        def retrain(*args, **more):
+            return SimpleNamespace(best=next(left))
+
+        monkeypatch.setattr(trainer, "retrain", retrain)
 
     return install
 
 
-def bu_run(**changes):
-    """A run of which its rounds need the arguments alone."""
+def BU_run(**changes):
+    """The part of a run that the search for a ticket uses."""
     flags = {"percent": 0.2, "deacc": 2.0, "base_sparsity": 90.0, "max_iter_prun": 26}
-    flags["select_on"] = "test"
-    return SimpleNamespace(args=SimpleNamespace(**flags | changes), say=print)
+    flags |= {"select_on": "test", "criterion": "magnitude", "seed": 0}
+    return SimpleNamespace(args=SimpleNamespace(**flags | changes), log=print)
 
 
-def model():
-    args = SimpleNamespace(
-        classes_per_classifier=2, classifiers=3, width=4, seed=0, precision="fp32"
-    )
+def task_of(t):
+    return SimpleNamespace(t=t, data=SimpleNamespace(test={}))
+
+
+@pytest.fixture
+def model(args):
     return trainer.make_model(args, torch.device("cpu"))
 
 
-TASK, DATA = SimpleNamespace(t=1), SimpleNamespace(test={})
+@pytest.mark.parametrize(
+    ("accuracies", "prunings", "changes", "why"),
+    [
+        ([98] * 10 + [90], 10, {}, "decayed and sparse after 11: the mask of 10"),
+        ([90] * 11, 10, {}, "decayed from the start, sparse enough only after 11 (91.4 %)"),
+        ([98] * 10 + [97] * 2 + [90], 12, {}, "decayed later"),
+        ([96] * 11, 10, {}, "a decay of exactly deacc is too much"),
+        ([97] * 26, 26, {}, "never decayed: 26, the 27th is undone without retraining"),
+        ([90] * 26, 26, {"base_sparsity": 100.0}, "never sparse enough: 26"),
+        ([90] * 26, 0, {"percent": 0.0}, "nothing is pruned, so never sparse enough: 26"),
+        ([98] * 11, 10, {"deacc": 0.0}, "no decay is too much"),
+        ([99.5] * 11, 10, {"deacc": -2.0}, "a gain of less than 2 points is a decay too"),
+    ],
+)
+def test_BU_ticket_of_task_1(model, retrain_to, accuracies, prunings, changes, why):
+    retrain_to(accuracies)
+    masks, state, rounds = main_BU.find_ticket(model, task_of(1), BU_run(**changes), 98.0)
+    assert pruning_utils.density(masks) == pytest.approx(100 * 0.8**prunings, abs=0.02), why
+    assert len(rounds) == len(accuracies)
+    assert masks_are(state, masks)
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "prunings", "why"),
+    ("accuracies", "changes", "flag"),
     [
-        ([98] * 10 + [90], 10, "decayed and sparse after 11: the mask of 10"),
-        ([90] * 11, 10, "decayed from the start, sparse enough only after 11 (91.4 %)"),
-        ([98] * 10 + [97] * 2 + [90], 12, "decayed later"),
-        ([96] * 11, 10, "a decay of exactly deacc is one"),
-        ([97] * 26, 26, "never decayed: 26, the 27th undone unretrained"),
+        ([50], {"percent": 0.95}, "--percent 0.95"),
+        ([], {"deacc": 0.0, "base_sparsity": 0.0}, "--deacc 0 "),  # published: not entered
+        ([], {"deacc": -1.0, "base_sparsity": 0.0}, "--deacc -1 "),
     ],
 )
-def test_BU_task_1_ticket(script_accuracies, accuracies, prunings, why):
-    script_accuracies(accuracies)
-    masks, state, rounds = main_BU.find_ticket(model(), TASK, DATA, bu_run(), 98.0)
-    assert pruning_utils.density(masks) == pytest.approx(100 * 0.8**prunings, abs=0.02), why
-    assert len(rounds) == len(accuracies)
-    assert all(torch.equal(m, masks[n]) for n, m in pruning_utils.extract_mask(state).items())
-
-
-def test_BU_without_any_ticket_is_an_error(script_accuracies):
-    script_accuracies([50])
-    with pytest.raises(utils.Refusal, match="--percent 0.95"):
-        main_BU.find_ticket(model(), TASK, DATA, bu_run(percent=0.95), 98.0)
+def test_BU_without_a_ticket_is_an_error(model, retrain_to, accuracies, changes, flag):
+    retrain_to(accuracies)
+    with pytest.raises(UserError, match=flag):
+        main_BU.find_ticket(model, task_of(1), BU_run(**changes), 98.0)
 
 
 @pytest.mark.parametrize(
     ("accuracies", "prunings", "changes", "why"),
     [
         ([98] * 26, 26, {}, "never decayed: 26"),
-        ([90] * 13, 13, {"base_sparsity": 85}, "decayed all along: the 14th would be too sparse"),
+        ([90] * 13, 13, {"base_sparsity": 85}, "always decayed: the 14th would be too sparse"),
         ([98] * 17 + [90], 17, {"base_sparsity": 85}, "decayed after 18: the state before it"),
-        ([98] * 17 + [96], 18, {"base_sparsity": 85}, "a decay of exactly deacc: remembered first"),
+        ([98] * 17 + [96], 18, {"base_sparsity": 85}, "a decay of exactly deacc: saved first"),
         ([90], 1, {"base_sparsity": 10}, "decayed after the first: that one"),
         ([90] * 26, 26, {}, "the mask is denser than 10 %: always 26"),
+        ([90] * 26, 26, {"base_sparsity": 100}, "never sparse enough: 26"),
+        ([90] * 26, 0, {"percent": 0.0}, "nothing is pruned: 26 rounds"),
+        ([], 1, {"deacc": 0, "base_sparsity": 10}, "published: the loop is not entered"),
+        ([], 1, {"deacc": -5, "base_sparsity": 17}, "the same"),
+        ([98] * 2, 1, {"deacc": -5, "base_sparsity": 18}, "not sparse enough: entered"),
     ],
 )
-def test_BU_regrowth(script_accuracies, accuracies, prunings, changes, why):
-    net = model()
-    full = pruning_utils.masks_of(net)
-    current = full
+def test_BU_regrowth(model, retrain_to, accuracies, prunings, changes, why):
+    current = pruning_utils.masks_of(model)
     for _ in range(10):
-        current = pruning_utils.prune(pruning_utils.weights(net), current, 0.2)
+        scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+        current = pruning_utils.prune(scores, current, 0.2)
     kept = pruning_utils.density(current)  # 10.74 %
-    script_accuracies(accuracies)
-    task = SimpleNamespace(t=2)
-    masks, state, rounds = main_BU.regrow(net, task, DATA, bu_run(**changes), 98.0, current)
+    retrain_to(accuracies)
+    masks, state, rounds = main_BU.regrow(model, task_of(2), BU_run(**changes), 98.0, current)
     expected = kept + (100 - kept) * 0.8**prunings
     assert pruning_utils.density(masks) == pytest.approx(expected, abs=0.03), why
     assert len(rounds) == len(accuracies)
-    assert all(bool((masks[name] >= current[name]).all()) for name in masks)
-    assert all(torch.equal(m, masks[n]) for n, m in pruning_utils.extract_mask(state).items())
-
-
-def run_BU(folder, *flags):
-    main_BU.main(
-        [*TINY, "--iter_epochs", "1", "--max_iter_prun", "3", "--save_dir", str(folder), *flags]
-    )
-    return results(folder)
+    assert is_within(current, masks)
+    assert masks_are(state, masks)
 
 
 @pytest.mark.parametrize("accept", ["-1000", "1000"])
-def test_BU_regrows_or_keeps_its_mask(tmp_path, monkeypatch, accept):
+def test_BU_regrows_or_keeps_its_mask(tmp_path, starts, accept):
     """--accept_decay -1000 makes every task re-grow, 1000 none."""
-    started = starts(monkeypatch, main_BU)
     run = run_BU(tmp_path, "--accept_decay", accept, "--base_sparsity", "50")
     states, regrown = run["states"], accept == "-1000"
     assert [row["state"] for row in states] == [1, 2, 3]
     assert [row.get("regrown") for row in states] == [None, regrown, regrown]
     assert [len(row["dense_accuracy"]) for row in states] == [1, 2, 3]
     # dense, and again under the mask, both from the dense best model of the task before
-    assert len(started) == 5
+    assert len(starts) == 5
     for t in (2, 3):
         previous = best(tmp_path, f"task{t - 1}")
-        assert same(started[2 * t - 3], previous)
-        assert same(pruning_utils.dense_state(started[2 * t - 2]), previous)
-        masked = utils.read_state(tmp_path / f"task{t}_best_prun_model.pt")
+        assert same(starts[2 * t - 3], previous)
+        assert same(pruning_utils.dense_state(starts[2 * t - 2]), previous)
         mask = pruning_utils.load_masks(tmp_path / f"mask-{t - 1}.pt")
-        assert all(torch.equal(m, mask[n]) for n, m in pruning_utils.extract_mask(masked).items())
+        assert masks_are(read_state_dict(tmp_path / f"task{t}_best_prun_model.pt"), mask)
         assert not pruning_utils.extract_mask(best(tmp_path, f"task{t}"))
         assert states[t - 1]["density"] == states[t - 2]["ticket_density"]
         grown = pruning_utils.load_masks(tmp_path / f"mask-{t}.pt")
-        assert all(bool((grown[name] >= mask[name]).all()) for name in mask)
+        assert is_within(mask, grown)
         assert (pruning_utils.density(grown) > pruning_utils.density(mask)) == regrown
         assert (tmp_path / f"task{t}_prune_weight.pt").exists() == regrown
-    last = utils.read_state(tmp_path / "current_mask.pt")
-    assert same(last, utils.read_state(tmp_path / "mask-3.pt"))
+    last = read_state_dict(tmp_path / "current_mask.pt")
+    assert same(last, read_state_dict(tmp_path / "mask-3.pt"))
     assert set(last["layer1.0.conv1.weight_mask"].unique().tolist()) <= {0.0, 1.0}
     assert last["layer1.0.conv1.weight_mask"].dtype == torch.float32
-    state = utils.read_state(tmp_path / "task1_prune_weight.pt")  # a raw state dict, retrained
-    mask = pruning_utils.load_masks(tmp_path / "mask-1.pt")
-    assert all(torch.equal(m, mask[n]) for n, m in pruning_utils.extract_mask(state).items())
+    state = load_checkpoint(tmp_path / "task1_prune_weight.pt")  # a raw state dict
+    assert masks_are(state, pruning_utils.load_masks(tmp_path / "mask-1.pt"))
 
 
 @pytest.mark.parametrize("select_on", ["test", "val"])
-def test_BU_chooses_on_the_images_it_is_told_to(tmp_path, monkeypatch, select_on):
-    """The retraining rounds are judged on the part that --select_on names, others never."""
-    parts, real = [], main_BU.retrain
+def test_BU_chooses_tickets_on_the_selected_images(tmp_path, monkeypatch, select_on):
+    """Retraining is judged on the part that --select_on names, and never on another."""
+    parts, tested, real = [], [], (trainer.retrain, trainer.evaluate_tasks)
 
-    def retrain(model, task, data, args, step, part):
-        parts.append("test" if part is data.test else "val" if part is data.val else None)
-        return real(model, task, data, args, step, part=part)
+    def retrain(model, task, run, step, part):
+        parts.append("test" if part is task.data.test else "val" if part is task.data.val else None)
+        return real[0](model, task, run, step, part)
 
-    monkeypatch.setattr(main_BU, "retrain", retrain)
-    reads = []
-    real_test = main_BU.test
-    monkeypatch.setattr(
-        main_BU, "test", lambda m, part, *r: (reads.append(part), real_test(m, part, *r))[1]
-    )
+    def evaluate_tasks(model, task, run, name, part="test"):
+        tested.append(part)
+        return real[1](model, task, run, name, part)
+
+    monkeypatch.setattr(trainer, "retrain", retrain)
+    monkeypatch.setattr(trainer, "evaluate_tasks", evaluate_tasks)
     run_BU(tmp_path, "--select_on", select_on, "--accept_decay", "-1000")
     assert set(parts) == {select_on}
-    assert len({id(part) for part in reads}) == (2 if select_on == "val" else 1)
+    assert set(tested) == {"test", select_on}
+
+
+def test_BU_a_regrowth_that_stops_at_its_first_pruning_stores_weights_not_retrained(
+    tmp_path, monkeypatch
+):
+    real = trainer.retrain
+
+    def retrain(model, task, *rest):
+        """Task 1 never decays, the re-growth of task 2 at once."""
+        return real(model, task, *rest)._replace(best=1000.0 if task.t == 1 else -1000.0)
+
+    monkeypatch.setattr(trainer, "retrain", retrain)
+    run = run_BU(tmp_path, "--classifiers", "2", "--accept_decay", "-1000", "--base_sparsity", "5")
+    assert len(run["states"][1]["rounds"]) == 1
+    state, dense = read_state_dict(tmp_path / "task2_prune_weight.pt"), best(tmp_path, "task2")
+    assert same(pruning_utils.dense_state(state), dense)
+    masks = pruning_utils.load_masks(tmp_path / "mask-2.pt")
+    assert masks_are(state, masks) and pruning_utils.density(masks) < 95
+
+
+def test_BU_an_unchanged_model_has_no_decay_whatever_the_class_sizes(tmp_path, monkeypatch):
+    """180 test images of each class of task 1, 20 of the others; nothing is pruned or retrained."""
+    read = prepare.read_embedded
+
+    def read_embedded(name):
+        parts, pool, meta = read(name)
+        sizes = {c: 180 if c in (9, 8) else 20 for c in parts["test"]}
+        test = {c: np.resize(parts["test"][c], (n, 32, 32, 3)) for c, n in sizes.items()}
+        return parts | {"test": test}, pool, meta
+
+    monkeypatch.setattr(prepare, "read_embedded", read_embedded)
+    flags = ["--percent", "0", "--iter_epochs", "0", "--accept_decay", "-1000"]
+    states = run_BU(tmp_path, *flags, "--class_order", "random:5")["states"]
+    accuracies = states[2]["dense_accuracy"]
+    assert max(accuracies) - min(accuracies) > 5  # else means and pooled accuracies agree anyway
+    rounds = [each for row in states for each in row["rounds"]]
+    assert len(rounds) == 9
+    assert all(each["decay"] == 0 and each["density"] == 100 for each in rounds)
+    for t in (1, 2, 3):
+        state = read_state_dict(tmp_path / f"task{t}_prune_weight.pt")
+        assert same(pruning_utils.dense_state(state), best(tmp_path, f"task{t}"))
+
+
+def test_without_retraining_the_pruned_model_is_what_was_trained(tmp_path):
+    """--iter_epochs 0 in main_TD: the second pruning ranks the weights of the last epoch too."""
+    main_TD.main(
+        [*TINY, "--iter_epochs", "0", "--prune_scheduler", "2,1,1", "--rewind", "finetune"]
+        + ["--save_dir", str(tmp_path)]
+    )
+    last = read_state_dict(tmp_path / "task1_checkpoint.pt")
+    ticket = load_checkpoint(tmp_path / "task1_ticket.pt")
+    assert same(pruning_utils.dense_state(ticket), last)
+    weights = torch.cat([v.flatten() for v in last.values() if v.ndim == 4]).abs()
+    masks = torch.cat([m.flatten() for m in pruning_utils.extract_mask(ticket).values()])
+    assert masks.mean().item() == pytest.approx(0.64, abs=1e-4)
+    assert weights[masks == 0].max() <= weights[masks == 1].min()
 
 
 # ------------------------------------------------------------------------------ main_train, test
 
 
-def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
-    """The task-rewound ticket: BU's mask of task 2 on the dense weights of task 1."""
+def test_a_ticket_is_retrained_and_tested(tmp_path, starts, capsys):
+    """The task-rewound ticket: the mask of task 2 on the dense weights of task 1."""
     run_BU(tmp_path, "--accept_decay", "-1000")
     before = (tmp_path / "results.json").read_bytes()
     weight, mask = tmp_path / "task1_best_model.pt", tmp_path / "mask-2.pt"
-    started = starts(monkeypatch, main_train)
-    paths = ["--save_dir", str(tmp_path), "--mask", str(mask), "--state", "2"]
-    main_train.main([*TINY, *paths, "--weight", str(weight)])
-    assert same(pruning_utils.dense_state(started[0]), best(tmp_path, "task1"))
-    run = results(tmp_path, "retrain_task2_results.json")
+    starts.clear()
+    row = run_train(tmp_path, weight, mask, 2)
+    assert same(pruning_utils.dense_state(starts[0]), best(tmp_path, "task1"))
     masks = pruning_utils.load_masks(mask)
-    assert run["states"][0]["density"] == pruning_utils.density(masks)
-    assert (tmp_path / "results.json").read_bytes() == before  # that is main_BU's
+    assert row["density"] == pruning_utils.density(masks)
+    assert (tmp_path / "results.json").read_bytes() == before  # that of main_BU
     assert (tmp_path / "retrain_task2_checkpoint.pt").exists()
-    tested = test_script.main(
-        [*TINY, "--pretrained", str(tmp_path / "retrain_task2_best_model.pt"), "--pruned"]
-        + ["--state", "2", "--save_dir", str(tmp_path / "tested")]
-    )
-    assert tested["states"][0]["accuracy"] == run["states"][0]["accuracy"]
-    assert tested["states"][0]["density"] == run["states"][0]["density"]
-    assert (
-        results(tmp_path / "tested", "test_retrain_task2_best_model_results.json")["script"]
-        == "test"
-    )
+    retrained = tmp_path / "retrain_task2_best_model.pt"
+    tested = run_test(retrained, "--pruned", "--state", "2", "--save_dir", str(tmp_path / "tested"))
+    assert (tested["accuracy"], tested["density"]) == (row["accuracy"], row["density"])
+    records = results(tmp_path / "tested", "test_retrain_task2_best_model_results.json")
+    assert records["script"] == "test"
 
-    # a pruned W is taken whole and loses its own mask; a pruned checkpoint will do for M
+    # of a pruned W all weights are taken and its mask is dropped; M may be a pruned checkpoint
     pruned = tmp_path / "task2_best_prun_model.pt"
-    paths[1], paths[3] = str(tmp_path / "again"), str(tmp_path / "retrain_task2_best_model.pt")
-    data = ["--save_data_path", str(tmp_path / "data")]
-    main_train.main([*TINY, *paths, *data, "--weight", str(pruned)])
-    whole = pruning_utils.dense_state(utils.read_state(pruned))
-    assert same(pruning_utils.dense_state(started[1]), whole)
-    own = pruning_utils.extract_mask(started[1])
-    assert all(torch.equal(own[name].cpu(), masks[name]) for name in masks)
+    run_train(tmp_path / "2", pruned, retrained, 2, "--save_data_path", str(tmp_path / "data"))
+    dense = pruning_utils.dense_state(read_state_dict(pruned))
+    assert same(pruning_utils.dense_state(starts[1]), dense)
+    assert masks_are(starts[1], masks)
 
-    # report.py: a row for each run, the numbers of results.json
+    # the report has a row for each run, with the numbers of results.json
     capsys.readouterr()
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
@@ -407,146 +502,164 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_last_task_is_tested_unless_another_is_named(tmp_path):
-    """That of the run, here of three tasks, not 5."""
-    run = main_CIL.main([*TINY, "--save_dir", str(tmp_path)])
-    tested = test_script.main([*TINY, "--pretrained", str(tmp_path / "task3_best_model.pt")])
-    assert tested["states"][0]["state"] == 3
-    assert tested["states"][0]["accuracy"] == run["states"][2]["accuracy"]
-
-
-def test_task_1_is_retrained_without_soft_labels(tmp_path):
-    main_CIL.main([*TINY, "--save_dir", str(tmp_path / "cil")])
-    masks = pruning_utils.prune(
-        pruning_utils.weights(model()), pruning_utils.masks_of(model()), 0.5
-    )
+def test_task_1_is_retrained_without_soft_labels(tmp_path, model):
+    run_CIL(tmp_path / "cil", "--epochs", "1")
+    scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+    masks = pruning_utils.prune(scores, pruning_utils.masks_of(model), 0.5)
     pruning_utils.save_masks(tmp_path / "mask.pt", masks)
     weight = tmp_path / "cil" / "task1_best_model.pt"
-    flags = ["--weight", str(weight), "--mask", str(tmp_path / "mask.pt"), "--state", "1"]
-    run = main_train.main([*TINY, *flags, "--save_dir", str(tmp_path / "out")])
-    assert run["states"][0]["density"] == pytest.approx(50, abs=0.01)
+    row = run_train(tmp_path / "out", weight, tmp_path / "mask.pt", 1)
+    assert row["density"] == pytest.approx(50, abs=0.01)
     assert not (tmp_path / "out" / "data").exists()
 
 
-def test_report_puts_the_result_of_TD_at_task_T(tmp_path):
-    run = run_TD(tmp_path, "--prune_scheduler", "1,1,1")
-    (group,) = report.group(report.read(tmp_path))
-    assert [*group["accuracy"]] == [1, 2, 3]
-    assert group["accuracy"][3] == {0: pytest.approx(run["states"][3]["mean"])}
-    assert [round(density[0], 1) for density in group["density"].values()] == [80, 64, 51.2]
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (main_TD.main, ["--prune_scheduler", "1,1,1"]),
+        (main_BU.main, ["--max_iter_prun", "1"]),
+        (main_CIL.main, []),
+    ],
+)
+def test_the_initialization_is_a_checkpoint_that_test_reads(tmp_path, monkeypatch, main, flags):
+    """Also when the run stops right after it: no later step may be needed."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args):
+        raise Stop
+
+    monkeypatch.setattr(trainer, "train_task", stop)
+    with pytest.raises(Stop):
+        main([*TINY, *flags, "--save_dir", str(tmp_path)])
+    path = tmp_path / "task0_checkpoint_weight.pt"
+    saved = torch.load(path, weights_only=True)
+    arguments = SimpleNamespace(
+        arch="resnet18", width=4, classifiers=3, classes_per_classifier=2, precision="fp32", seed=0
+    )
+    initial = trainer.make_model(arguments, torch.device("cpu")).state_dict()
+    assert saved.keys() == {"state_dict"} and same(saved["state_dict"], initial)
+    row = run_test(path)
+    assert len(row["accuracy"]) == 3 and row["density"] == 100
 
 
-# ------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------ another backbone
 
 
-@pytest.fixture
-def files(tmp_path):
-    """A dense and a pruned checkpoint of the tiny network, a mask file, and what is neither."""
-    net = model()
-    utils.save(tmp_path / "dense.pt", {"state_dict": net.state_dict()})
-    masks = pruning_utils.prune(pruning_utils.weights(net), pruning_utils.masks_of(net), 0.5)
-    pruning_utils.save_masks(tmp_path / "mask.pt", masks)
-    bad = {name: mask * 0.5 for name, mask in masks.items()}
-    pruning_utils.save_masks(tmp_path / "half.pt", bad)
-    pruning_utils.apply_mask(net, masks)
-    utils.save(tmp_path / "pruned.pt", net.state_dict())
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    return tmp_path
+def test_resnet32_through_all_scripts(tmp_path):
+    flags = ["--arch", "resnet32", "--epochs", "1"]
+    td = run_TD(tmp_path / "TD", *flags, "--prune_scheduler", "1,2,1")
+    assert [round(row["density"], 1) for row in td["states"]] == [100, 80, 51.2, 41]
+    bu = run_BU(tmp_path / "BU", *flags, "--accept_decay", "-1000", "--base_sparsity", "100")
+    densities = [51.2]  # 3 prunings; a re-growth keeps 51.2 % of what is outside the mask
+    for _ in (2, 3):
+        densities.append(densities[-1] + 0.512 * (100 - densities[-1]))
+    assert [row["ticket_density"] for row in bu["states"]] == pytest.approx(densities, abs=0.05)
+    cil = run_CIL(tmp_path / "CIL", *flags)
+    assert [row["density"] for row in cil["states"]] == [100] * 3
+    weight, mask = tmp_path / "BU" / "task1_best_model.pt", tmp_path / "BU" / "mask-2.pt"
+    row = run_train(tmp_path / "BU", weight, mask, 2, *flags)
+    assert row["density"] == bu["states"][1]["ticket_density"]
+    path = tmp_path / "TD" / "task4_best_model.pt"
+    tested = run_test(path, "--pruned", *flags[:2])
+    assert tested["accuracy"] == td["states"][3]["accuracy"]
+    # a checkpoint of the other network is an error that names --arch
+    with pytest.raises(UserError, match=f"--pretrained {path}: does not fit resnet18 .*--arch"):
+        run_test(path, "--pruned")
+    with pytest.raises(UserError, match=f"--weight {weight}: does not fit resnet18 .*--arch"):
+        run_train(tmp_path / "other", weight, mask, 2)
+
+
+# ------------------------------------------------------------------------------ how they start
+
+
+SCRIPTS = ["main_TD", "main_BU", "main_CIL", "main_train", "test", "dataset"]
+TOOLS = ["report", "reproduce", "method_figure"]
+COMMANDS = [[f"{name}.py"] for name in SCRIPTS] + [["-m", f"tools.{name}"] for name in TOOLS]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_help_shows_how_to_use_it_and_an_unknown_flag_is_one_line(scripts, tmp_path, command):
+    ended = scripts.run([*command, "--help"], tmp_path)
+    assert (ended.status, ended.err) == (0, "")
+    assert " ".join(["python", *command]) in ended.out
+    ended = scripts.run([*command, "--unknown"], tmp_path)
+    assert (ended.status, ended.out) == (2, "")
+    name = command[-1].removeprefix("tools.").removesuffix(".py")
+    assert ended.err.startswith(f"{name}.py: ") and ended.err.count("\n") == 1
+
+
+def test_each_run_prints_a_header(tmp_path, capsys):
+    run_CIL(tmp_path, "--epochs", "1", "--decreasing_lr", "60,80")
+    title, *lines = capsys.readouterr().out.splitlines()[:6]
+    assert title == "main_CIL.py"
+    rows = dict(line.strip().split(maxsplit=1) for line in lines)
+    assert [*rows] == ["device", "data", "network", "schedule", "folder"]
+    assert f"{torch.get_num_threads()} threads" in rows["device"]
+    for part, count in {"train": 72, "val": 30, "test": 48, "exemplars": 24, "pool": 100}.items():
+        assert f"{count} {part}" in rows["data"]
+    assert "digits: 3 tasks of 2 classes" in rows["data"]
+    arguments = SimpleNamespace(
+        arch="resnet18", width=4, classifiers=3, classes_per_classifier=2, precision="fp32"
+    )
+    parameters = sum(p.numel() for p in build_model(arguments).parameters())
+    assert f"resnet18, width 4, fp32: {parameters:,} parameters" in rows["network"]
+    assert rows["schedule"].startswith("1 epochs per task, batches of 48, lr 0.01")
+    assert "after 60, 80" in rows["schedule"] and "seed 0" in rows["schedule"]
+    assert rows["folder"] == str(tmp_path)
+    run_test(tmp_path / "task1_best_model.pt", "--state", "1")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["test.py"]
+    assert [line[0] for line in lines[1:4]] == ["device", "data", "network"]
+
+
+# ------------------------------------------------------------------------------ how they end
+
+
+def out_of_cuda_memory():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "named"),
+    ("main", "message"),
     [
-        (main_CIL, "--dataset mnist", "--dataset mnist"),
-        (main_CIL, "--device tpu", "--device tpu"),
-        (main_CIL, "--device cuda:99", "--device cuda:99"),
-        (main_CIL, "--dataset cifar10 --data {d}/none", "--data {d}/none"),
-        (main_CIL, "--dataset cifar10 --data {d}", "--data {d}"),
-        (main_CIL, "--dataset digits --data {d}", "--data"),
-        (main_CIL, "--classifiers 6", "--classifiers 6"),
-        (main_CIL, "--batch_size 8", "--batch_size 8"),
-        (main_CIL, "--epochs 0", "--epochs"),
-        (main_CIL, "--epochs many", "--epochs"),
-        (main_CIL, "--lr 0", "--lr"),
-        (main_CIL, "--lr nan", "--lr"),
-        (main_CIL, "--momentum 1", "--momentum"),
-        (main_CIL, "--decreasing_lr 6;8", "--decreasing_lr"),
-        (main_CIL, "--width 0", "--width"),
-        (main_CIL, "--precision fp16", "--precision"),
-        (main_CIL, "--no_such_flag 1", "--no_such_flag"),
-        (main_TD, "--prune_scheduler 1,1,3,4,5", "--prune_scheduler 1,1,3,4,5"),
-        (main_TD, "", "--prune_scheduler 1,1,2,3,5"),
-        (main_TD, "--prune_scheduler 1,-1,2", "--prune_scheduler"),
-        (main_TD, "--prune_scheduler 1,1,1 --rewind back", "--rewind"),
-        (main_TD, "--prune_scheduler 1,1,1 --percent 1", "--percent"),
-        (main_BU, "--select_on train", "--select_on"),
-        (main_BU, "--max_iter_prun 0", "--max_iter_prun"),
-        (main_BU, "--base_sparsity 100", "--base_sparsity"),
-        (main_train, "--mask {d}/mask.pt --state 1", "--weight"),
-        (main_train, "--weight {d}/dense.pt --state 1", "--mask"),
-        (main_train, "--weight {d}/dense.pt --mask {d}/dense.pt --state 1", "{d}/dense.pt"),
-        (main_train, "--weight {d}/dense.pt --mask {d}/half.pt --state 1", "{d}/half.pt"),
-        (main_train, "--weight {d}/mask.pt --mask {d}/mask.pt --state 1", "--weight {d}/mask.pt"),
-        (main_train, "--weight {d}/dense.pt --mask {d}/mask.pt --state 4", "--state 4"),
-        (main_train, "--weight {d}/dense.pt --mask {d}/mask.pt --state 0", "--state"),
-        (main_train, "--weight {d}/dense.pt --mask {d}/mask.pt --state 2", "task1_img.npy"),
-        (main_train, "--weight {d}/none.pt --mask {d}/mask.pt --state 1", "{d}/none.pt"),
-        (main_train, "--width 8 --weight {d}/dense.pt --mask {d}/mask.pt --state 1", "--width 8"),
-        (test_script, "--pretrained {d}/text.pt --state 3", "{d}/text.pt"),
-        (test_script, "--pretrained {d} --state 3", "{d}"),
-        (test_script, "--pretrained {d}/dense.pt --state 3 --width 8", "--width 8"),
-        (test_script, "--pretrained {d}/dense.pt --state 3 --classifiers 4", "--classifiers"),
-        (test_script, "--pretrained {d}/dense.pt --state 3 --pruned", "--pruned"),
-        (test_script, "--pretrained {d}/pruned.pt --state 3", "--pruned"),
-        (test_script, "--pretrained {d}/dense.pt --state 5", "--state 5"),
-        (test_script, "--pretrained {d}/mask.pt --pruned --state 3", "{d}/mask.pt"),
-        (report, "", "RUN_DIR"),
-        (report, "{d}", "{d}"),
+        (out_of_cuda_memory, "CUDA out of memory"),
+        (lambda: torch.empty(10**15), "can't allocate memory"),
+        (lambda: np.empty(10**18, np.uint8), "Unable to allocate"),
     ],
 )
-def test_bad_input_is_one_clear_line(files, monkeypatch, script, flags, named):
-    monkeypatch.chdir(files)
-    before = sorted(files.rglob("*"))
-    argv = flags.format(d=files).split()
-    if script is not report:
-        argv = [*TINY, "--save_dir", str(files / "run"), *argv]
-    with pytest.raises(utils.Refusal) as refusal:
-        script.main(argv)
-    message = str(refusal.value)
-    assert named.format(d=files) in message
-    assert "\n" not in message
-    assert sorted(files.rglob("*")) == before  # nothing was written
-
-
-SCRIPTS = [main_TD, main_BU, main_CIL, main_train, test_script, report, dataset, reproduce]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_tells_how_to_use_it(script, capsys):
+def test_running_out_of_memory_is_one_line(capsys, main, message):
     with pytest.raises(SystemExit) as end:
-        script.main(["--help"])
-    assert end.value.code == 0
-    assert f"python {script.__name__}.py" in capsys.readouterr().out
+        process.run_script(main)
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and message in line and "--batch_size" in line
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_refusal_as_a_user_sees_it(script, tmp_path):
-    """In a process of its own: one line on stderr, status 2."""
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--bad"]
-    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert len(refused.stderr.splitlines()) == 1
-    assert refused.stderr.startswith(f"{script.__name__}.py: ")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Unable to find a valid cuDNN algorithm (memory format)"),
+        ValueError("a bug"),
+    ],
+)
+def test_other_errors_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        process.run_script(main)
+    assert caught.value is error
 
 
-# ------------------------------------------------------------------------------ memory
-
-
-def test_scripts_let_the_C_library_keep_what_is_freed(monkeypatch):
+def test_scripts_let_the_C_library_keep_freed_memory(monkeypatch):
     asked = []
     library = SimpleNamespace(mallopt=lambda option, value: asked.append(option))
-    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: library)
-    assert utils.run(lambda: list(asked)) == [-4, -1]  # before main: M_MMAP_MAX, M_TRIM_THRESHOLD
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: library)
+    # before main: M_MMAP_MAX, M_TRIM_THRESHOLD
+    assert process.run_script(lambda: list(asked)) == [-4, -1]
 
 
 def no_library(name):
@@ -554,6 +667,6 @@ def no_library(name):
 
 
 @pytest.mark.parametrize("load", [no_library, lambda name: SimpleNamespace()])
-def test_where_the_C_library_has_no_such_thing_scripts_run_all_the_same(monkeypatch, load):
-    monkeypatch.setattr(utils.ctypes, "CDLL", load)
-    assert utils.run(lambda: "ran") == "ran"
+def test_scripts_run_without_that_function_too(monkeypatch, load):
+    monkeypatch.setattr(process.ctypes, "CDLL", load)
+    assert process.run_script(lambda: "ran") == "ran"

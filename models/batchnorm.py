@@ -1,0 +1,29 @@
+"""BatchNorm for several sub-batches that pass through the network together."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that normalizes the groups of a batch separately, as if each had passed alone.
+
+    groups: ((size, passes), ...) along the batch. The running statistics move as if the groups
+    had come one after the other, each `passes` times: its statistics are the same every time, so
+    that equals one update with momentum 1-(1-m)^passes. Empty: the whole batch, once. In eval mode
+    groups have no effect.
+    """
+
+    groups = ()
+
+    def forward(self, x):
+        if not self.training or not self.groups:
+            return super().forward(x)
+        sizes, passes = zip(*self.groups)
+        self.num_batches_tracked += sum(passes)
+        running = self.running_mean, self.running_var, self.weight, self.bias
+        parts = [
+            F.batch_norm(part, *running, True, 1 - (1 - self.momentum) ** times, self.eps)
+            for part, times in zip(x.split(sizes), passes)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

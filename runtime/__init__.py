@@ -1,0 +1,1 @@
+"""What surrounds a method while it runs: flags, errors, files, checkpoints, the run folder."""

@@ -1,0 +1,40 @@
+"""Measures of class-incremental learning.
+
+All take an accuracy matrix as rows: row t holds a_{t,1}, .., a_{t,t}, the test accuracies of tasks
+1..t after task t, in percent.
+"""
+
+import statistics
+
+DEFINITIONS = {
+    "last accuracy": "the mean over i of a_{T,i}, after the last task T",
+    "average incremental accuracy (AIA)": "the mean over t of the mean over i <= t of a_{t,i} "
+    "(iCaRL, Rebuffi et al. 2017)",
+    "forgetting": "the mean over i < T of max_{i <= t < T} a_{t,i} - a_{T,i}, in percentage "
+    "points; negative where old tasks gained (Chaudhry et al. 2018)",
+}
+
+
+def last_accuracy(matrix):
+    """See DEFINITIONS; in percent."""
+    return sum(matrix[-1]) / len(matrix[-1])
+
+
+def average_incremental_accuracy(matrix):
+    """See DEFINITIONS; in percent."""
+    return sum(sum(row) / len(row) for row in matrix) / len(matrix)
+
+
+def forgetting(matrix):
+    """See DEFINITIONS; in percentage points. None with a single task, which cannot be forgotten."""
+    last = matrix[-1]
+    drops = [
+        max(matrix[state][task] for state in range(task, len(matrix) - 1)) - last[task]
+        for task in range(len(last) - 1)
+    ]
+    return sum(drops) / len(drops) if drops else None
+
+
+def mean_and_sd(values):
+    """Mean and sample standard deviation (n - 1) of numbers; of a single number that is None."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -1,0 +1,127 @@
+"""The process of a script: how it starts and ends, signals, memory and cores."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from runtime.errors import UserError, first_line, one_line
+
+
+def run_script(main):
+    """Run a script's main(). A UserError becomes one line on stderr and exit status 2.
+
+    SIGINT and SIGTERM end it with status 130 and 143, after the current training step is saved.
+    """
+    global _pending, _last
+    _pending = _last = None
+    keep_freed_memory()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {signum: signal.signal(signum, on_signal) for signum in signals}
+    try:
+        return main()
+    except UserError as error:
+        message, status = error, 2
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not out_of_memory(error):
+            raise
+        message, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
+    except Interrupted as interrupt:
+        signum = interrupt.signum
+        same = "the same command without --overwrite"
+        command = same if "--overwrite" in sys.argv else "the same command"
+        message = f"stopped by {signal.Signals(signum).name}{interrupt.position}"
+        message, status = f"{message}; give {command} to resume", 128 + signum
+    except BrokenPipeError:
+        sys.stdout = None  # otherwise Python complains again at exit
+        message, status = "its output was closed; give the same command to resume", 2
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, as PyTorch's two allocators and Python say it.
+
+    Other errors with "memory" in their text, such as CUDA's illegal memory access, are bugs.
+    """
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return True
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch here
+
+
+# ------------------------------------------------------------------------------ signals
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived. position: text on how far the run is saved."""
+
+    def __init__(self, signum, position=""):
+        super().__init__()
+        self.signum, self.position = signum, position
+
+
+_held = False  # whether signals wait for check_signals()
+_pending = None  # the signal that waits
+_last = None  # the last one that was held
+
+
+def on_signal(signum, frame):
+    """Raise Interrupted, or keep the signal for check_signals() while signals are held.
+
+    The same signal again ends the process at once, also while it saves its progress. A different
+    one does not: Ctrl-C in a terminal may be followed by the SIGTERM of a parent process.
+    """
+    global _pending, _last
+    if not _held:
+        raise Interrupted(signum)
+    if signum == _last:
+        os._exit(128 + signum)
+    _pending = _last = signum
+
+
+@contextlib.contextmanager
+def hold_signals():
+    """Within this context signals wait for check_signals(), so that files stay consistent."""
+    global _held
+    outer, _held = _held, True
+    try:
+        yield
+    finally:
+        _held = outer
+    if not outer:
+        check_signals()
+
+
+def check_signals():
+    """Raise Interrupted if a signal is waiting."""
+    global _pending
+    if _pending:
+        signum, _pending = _pending, None
+        raise Interrupted(signum)
+
+
+# ------------------------------------------------------------------------------ the machine
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next step, on Linux (glibc).
+
+    By default each large activation is fresh memory, which the system clears page by page: on a
+    CPU, up to 40 % of a training step (benchmarks/NOTES.md).
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any allocation
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def usable_cores():
+    """Number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

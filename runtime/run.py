@@ -1,0 +1,447 @@
+"""A run's folder: its settings, which of its steps are done, and what came of them.
+
+Every step of a script (a task trained, a query made, a ticket found) is done once: its result and
+the checksums of its files go into run.json. The same command, given again after whatever stopped
+it, finds them there and resumes. Within a training step it resumes from the last checkpoint
+(trainer.train_task). results.json and log_results.txt are what programs and people read.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.errors import UserError, first_line
+from runtime.files import file_checksum, save_text, temp_path
+from runtime.metrics import average_incremental_accuracy, forgetting
+
+# Flags that may differ when a run resumes: they cannot change its result (except for how devices
+# round), or what they name is compared by its content.
+RESUME_IGNORED = {
+    "save_dir", "save_data_path", "overwrite", "checkpoint_seconds", "print_freq", "device", "gpu",
+    "data", "raw", "source", "image_size", "unlabeled", "class_order", "weight", "mask",
+}  # fmt: skip
+LOCKS = {}  # {path: lock} that this process holds
+
+# ------------------------------------------------------------------------------ records
+
+
+def device_name(device):
+    """The device in words, for the records."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+def header(script, args, data, model):
+    """What a run is about, as lines of text: device, data, network, schedule."""
+    parameters = list(model.parameters())
+    threads = f", {torch.get_num_threads()} threads" if parameters[0].device.type == "cpu" else ""
+    counts = ", ".join(f"{count:,} {part}" for part, count in data.counts().items() if count)
+    lines = [
+        f"device    {device_name(parameters[0].device)}{threads}, PyTorch {torch.__version__}",
+        f"data      {args.dataset}: {data.classifiers} tasks of {data.classes_per_classifier} "
+        f"classes; images: {counts} ({data.source})",
+        f"network   {args.arch}, width {args.width}, {args.precision}: "
+        f"{sum(p.numel() for p in parameters):,} parameters",
+    ]
+    if "epochs" in args:
+        rate = f"lr {args.lr:g}"
+        if args.decreasing_lr:
+            rate += f", divided by 10 after {', '.join(map(str, args.decreasing_lr))}"
+        schedule = f"{args.epochs} epochs per task, batches of {args.batch_size}, {rate}"
+        if "iter_epochs" in args:
+            schedule += f"; retraining: {args.iter_epochs} epochs at lr {args.lr / 100:g}"
+        lines.append(f"schedule  {schedule}; seed {args.seed}")
+    return "".join(f"{line}\n" for line in (f"{script}.py", *(f"  {line}" for line in lines)))
+
+
+class Record:
+    """What a run reports: results.json for programs, log_results.txt (tab-separated) for people.
+
+    Both are written after every state. prefix: goes before both names (main_train and test may
+    work in the folder of another run). Without a --save_dir, which test.py need not have, nothing
+    is written.
+    """
+
+    def __init__(self, script, args, data, model, prefix=""):
+        self.folder, self.prefix = args.save_dir, prefix
+        print(header(script, args, data, model), end="", flush=True)
+        self.results = {
+            "script": script,
+            "config": vars(args) | {"data": str(data.source)},
+            "class_order": data.order,
+            "device": device_name(next(model.parameters()).device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "states": [],
+        }
+
+    def add(self, state, accuracy, density, **more):
+        """Add a row: accuracy is a list (percent, tasks 1..), density that of the tested model."""
+        row = {"state": state, "accuracy": accuracy, "mean": sum(accuracy) / len(accuracy)}
+        row |= {"density": density} | more
+        self.results["states"].append(row)
+        self.write()
+        listed = " ".join(f"{a:.2f}" for a in accuracy)
+        print(
+            f"state {state}: test accuracy {listed}, mean {row['mean']:.2f} % "
+            f"at {density:.2f} % of the weights",
+            flush=True,
+        )
+
+    def close(self, matrix=None):
+        """Write the last time; with the accuracy matrix of all states, its summaries too."""
+        if matrix:
+            average, lost = average_incremental_accuracy(matrix), forgetting(matrix)
+            self.results |= {"average_incremental_accuracy": average, "forgetting": lost}
+            summary = f"average incremental accuracy {average:.2f} %"
+            print(summary + ("" if lost is None else f", forgetting {lost:.2f}"))
+        self.write()
+        if self.folder:
+            print(f"records: {self.folder}/{self.prefix}results.json", flush=True)
+        return self.results
+
+    def write(self):
+        if self.folder:
+            folder, prefix = Path(self.folder), self.prefix
+            text = json.dumps(self.results, indent=1) + "\n"
+            save_text(folder / f"{prefix}results.json", text)
+            save_text(folder / f"{prefix}log_results.txt", log_table(self.results["states"]))
+
+
+def log_table(rows):
+    """The states as tab-separated lines under a line of names."""
+    tasks = max((len(row["accuracy"]) for row in rows), default=0)
+    columns = {"mean": ".2f", "density": ".2f", "ticket_density": ".2f", "seconds": ".0f"}
+    names = ["state", *(f"task{t + 1}" for t in range(tasks))]
+    lines = [[*names, "mean", "density_tested", "density_ticket", "seconds"]]
+    for row in rows:
+        cells = [f"{a:.2f}" for a in row["accuracy"]]
+        cells += [""] * (tasks - len(cells))
+        cells += [f"{row[name]:{form}}" if name in row else "" for name, form in columns.items()]
+        lines.append([str(row["state"]), *cells])
+    return "".join("\t".join(line) + "\n" for line in lines)
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+class Run(Record):
+    """A Record that remembers the run's steps. Raises UserError if the folder is another run's.
+
+    inputs: {flag: checksum} of what the result depends on besides flags and images. prefix: goes
+    before the names of its records, as in Record.
+
+    Files have names: 'task1_best_model.pt' is in --save_dir, 'data/task1_img.npy' in
+    --save_data_path, whose default that is.
+    """
+
+    def __init__(self, script, args, data, model, prefix="", inputs=None):
+        super().__init__(script, args, data, model, prefix)
+        self.args, self.data, self.folder = args, data, Path(args.save_dir)
+        self.start, self.replaying = time.monotonic(), True
+        self.checksums, self.redone = {}, set()
+        settings = self.settings_of(data, inputs or {})
+        self.claim_folders()
+        if args.overwrite:
+            self.remove_all()
+        self.checksum = json_checksum(settings)
+        self.journal = self.read_journal()
+        if self.journal:
+            self.check_settings(settings)
+            self.journal.pop("finished", None)  # until close(), which may find a file damaged
+            self.start -= self.journal["seconds"]
+            done = [*self.journal["steps"]]
+            print(f"  folder    {self.folder}" + f", resumes after {done[-1]}" * bool(done))
+        else:
+            self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
+            print(f"  folder    {self.folder}")
+        self.results["states"] = self.journal["rows"]
+        if not self.journal["steps"]:
+            self.write()  # a folder that cannot be written is reported now, not after a task
+        sys.stdout.flush()
+
+    def settings_of(self, data, inputs):
+        """What a run must share with the journal to resume it, as JSON holds it."""
+        args, script = self.args, self.results["script"]
+        ignored = RESUME_IGNORED | ({"unlabel_num"} if args.no_teaching else set())
+        config = {key: value for key, value in vars(args).items() if key not in ignored}
+        self.results["images"] = data.fingerprint()
+        # the order comes before the images, whose checksum depends on it
+        inputs = {"--class_order": data.order, "--data": self.results["images"]} | inputs
+        return json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
+
+    # -------------------------------------------------------------------- the folder
+
+    def path(self, name):
+        """Where the file of this name is."""
+        folder, slash, file = name.rpartition("/")
+        return Path(self.args.save_data_path if slash else self.folder) / file
+
+    def journal_path(self):
+        return self.path(f"{self.prefix}run.json")
+
+    def data_folder(self):
+        """--save_data_path relative to --save_dir, which may move with it."""
+        return os.path.relpath(self.args.save_data_path, self.folder)
+
+    def claim_folders(self):
+        """Lock the run's folders. Raises UserError if another run is or was in them."""
+        results = self.path(f"{self.prefix}results.json")
+        journal = self.journal_path()
+        if results.exists() and not journal.exists() and not self.args.overwrite:
+            raise UserError(
+                f"--save_dir {self.folder}: holds {results.name}, but no {journal.name} to resume "
+                f"from; name another folder, or give --overwrite"
+            )
+        lock_folder(self.folder, "save_dir", self.prefix)
+        if not (
+            self.prefix or self.args.no_teaching
+        ):  # main_train, with a prefix, only reads there
+            lock_folder(Path(self.args.save_data_path), "save_data_path")
+
+    def read_journal(self):
+        """What run.json holds, or None where there is none."""
+        path = self.journal_path()
+        try:
+            content = json.loads(path.read_text())
+            checksum = content.pop("checksum")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            content, checksum = None, ""
+        if checksum != json_checksum(content):
+            raise UserError(
+                f"{path}: is damaged, so that the run cannot resume; "
+                f"name another --save_dir, or start over with --overwrite"
+            )
+        return content
+
+    def check_settings(self, asked):
+        """Raise UserError when the journal is of a run with other settings."""
+        was = self.journal
+        self.check_script(was)
+        skip = set()
+        if asked["config"]["no_teaching"] or was["config"]["no_teaching"]:
+            skip.add("unlabel_num")  # nothing is queried
+        for kind, key in (
+            ("inputs", "--class_order"),
+            ("config", "classifiers"),
+            ("config", "no_teaching"),
+        ):
+            if was[kind].get(key) != asked[kind][key]:
+                skip.add("--data")  # its images differ for that reason alone
+        differing = []
+        for kind, form in (("config", "--{} {} (now {})"), ("inputs", "{} of content {} (now {})")):
+            for key in {**was[kind], **asked[kind]}:
+                old, new = was[kind].get(key), asked[kind].get(key)
+                if old != new and key not in skip:
+                    differing.append(form.format(key, as_typed(old), as_typed(new)))
+        if differing:
+            raise UserError(
+                f"--save_dir {self.folder}: holds a run with {', '.join(differing)}; resume with "
+                f"those, name another folder, or start over with --overwrite"
+            )
+
+    def check_script(self, journal):
+        if journal["script"] != self.results["script"]:
+            raise UserError(
+                f"--save_dir {self.folder}: holds a run of {journal['script']}.py; "
+                f"name another folder"
+            )
+
+    def remove_all(self):
+        """Remove what a run of this script has written here, and nothing else."""
+        journal = {"script": self.results["script"], "wrote": []}
+        with contextlib.suppress(UserError):  # a damaged one: its files are replaced one by one
+            journal = self.read_journal() or journal
+        self.check_script(journal)
+        same = journal.get("data_folder") == self.data_folder()
+        for name in journal["wrote"]:
+            if same or "/" not in name:  # another --save_data_path holds files of others
+                self.remove(name)
+        for name in ("log_results.txt", "results.json", "run.json"):  # the last lists the files
+            self.remove(self.prefix + name)
+
+    def remove(self, name):
+        """Remove a file of the run, and what a killed writer left of it."""
+        path = self.path(name)
+        for file in (path, temp_path(path)):
+            try:
+                file.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                reason = first_line(error)
+                raise UserError(
+                    f"{file}: cannot be removed ({reason}); remove it yourself"
+                ) from None
+
+    # -------------------------------------------------------------------- files
+
+    def save(self, name, write, content):
+        """Write a file with write(path, content), which returns its checksum.
+
+        The name is recorded before, for remove_all(), and the checksum for finish().
+        """
+        if name not in self.journal["wrote"]:
+            self.journal["wrote"].append(name)
+            self.write_journal()
+        self.checksums[name] = write(self.path(name), content)
+
+    def load(self, name):
+        """The checkpoint of this name."""
+        return load_checkpoint(self.path(name))
+
+    # -------------------------------------------------------------------- steps
+
+    def done(self, step):
+        """Whether a step is done and its files are as it left them; if not, it is to be done."""
+        entry = self.journal["steps"].get(step)
+        for name, checksum in entry["files"].items() if entry else ():
+            path = self.path(name)
+            found = file_checksum(path)
+            if found != checksum:
+                problem = "is damaged" if found else "is missing"
+                print(f"{path}: {problem}, so {step} is done again", flush=True)
+                self.redone.add(step)
+                entry = None
+                break
+        if entry is None:
+            self.replaying = False
+            return False
+        self.remove(f"{step}_progress.pt")  # if it was stopped right after it had finished
+        return True
+
+    def finish(self, step, *names, **result):
+        """Record a step as done, with the names of its files and its plain result.
+
+        Raises UserError if it was done again with another outcome, and others depend on it.
+        """
+        files = {name: self.checksums[name] for name in names}
+        steps = self.journal["steps"]
+        if step in self.redone and step != [*steps][-1] and files != steps[step]["files"]:
+            raise UserError(
+                f"--save_dir {self.folder}: {step}, done again, has another outcome (another "
+                f"machine, device or number of threads?), and later steps depend on it; "
+                f"put its files back, or start over with --overwrite"
+            )
+        steps[step] = {"result": result, "files": files}
+        self.write_journal()
+        self.remove(f"{step}_progress.pt")
+
+    def result(self, step):
+        """The result that finish() recorded; None where the step is not done."""
+        return self.journal["steps"].get(step, {}).get("result")
+
+    def cached(self, step, function, *arguments):
+        """function(*arguments), a plain value, computed once in the life of the run."""
+        if not self.done(step):
+            self.finish(step, value=function(*arguments))
+        return self.result(step)["value"]
+
+    def discard_steps(self, prefix):
+        """Drop the steps whose names start with `prefix`, and their files: no longer needed."""
+        steps = [step for step in self.journal["steps"] if step.startswith(prefix)]
+        for step in steps:
+            for name in self.journal["steps"].pop(step)["files"]:
+                self.remove(name)
+        if steps:
+            self.write_journal()
+
+    def log(self, text):
+        """Print a line, but not again when the run resumes."""
+        if not self.replaying:
+            print(text, flush=True)
+
+    # -------------------------------------------------------------------- within a step
+
+    def save_progress(self, step, content):
+        """Save how far a step is, to resume from."""
+        content = content | {"settings": self.checksum}
+        self.save(f"{step}_progress.pt", save_checkpoint, content)
+        self.write_journal()  # the seconds
+
+    def progress(self, step, keys):
+        """What save_progress() saved last, a dict of these keys; None if nothing, or damaged."""
+        path = self.path(f"{step}_progress.pt")
+        if not path.exists():
+            return None
+        try:
+            content = load_checkpoint(path)
+            if content.pop("settings", None) != self.checksum or content.keys() != keys:
+                raise UserError(f"{path}: is of another run")
+        except UserError as error:
+            print(f"{error}; {step} starts over", flush=True)
+            return None
+        return content
+
+    # -------------------------------------------------------------------- records
+
+    def add(self, state, accuracy, density, **more):
+        """Record.add, once for each state; the seconds spent in it are filled in."""
+        rows = self.journal["rows"]
+        if all(row["state"] != state for row in rows):
+            spent = time.monotonic() - self.start - sum(row["seconds"] for row in rows)
+            super().add(state, accuracy, density, **more, seconds=spent)
+
+    def close(self, matrix=None):
+        self.journal |= {"finished": True, "command": sys.argv[1:]}
+        return super().close(matrix)
+
+    def write(self):
+        self.write_journal()
+        super().write()
+
+    def write_journal(self):
+        self.journal["seconds"] = time.monotonic() - self.start
+        self.journal["data_folder"] = self.data_folder()
+        journal = self.journal | {"checksum": json_checksum(self.journal)}
+        save_text(self.journal_path(), json.dumps(journal, indent=1))
+
+
+def lock_folder(folder, flag, prefix=""):
+    """Raise UserError if another process works in a folder. A killed process holds no lock."""
+    path = folder / f".{prefix}lock"
+    if earlier := LOCKS.pop(str(path), None):  # of an earlier run in this process
+        earlier.release()
+    lock = filelock.FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"--{flag} {folder}: another process is working in it; wait for it, or name another "
+            f"folder"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        return
+    except OSError as error:
+        reason = first_line(error)
+        raise UserError(
+            f"--{flag} {folder}: cannot be written ({reason}); name another folder"
+        ) from None
+    LOCKS[str(path)] = lock
+
+
+def as_typed(value):
+    """A setting as it is typed after its flag."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def json_checksum(content):
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,383 @@
+"""Compare runs in tables and plots; runs that differ only in their seed are averaged.
+
+    python -m tools.report TD_cifar10 BU_cifar10 --out report
+    python -m tools.report runs/seed*/* --out report
+
+Reads the results.json of each run, and those of main_train.py and test.py in the same folder. Runs
+of one setting are a group, reported as mean and standard deviation over its seeds. Writes to --out:
+report.md with all tables, each table also as .csv, and the plots as .png and .svg: report (accuracy
+after each task, as in the paper's Figure 4), matrix (accuracy of each task), layers (density of
+each layer), prunings (bottom-up: how tickets were found) and controls.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from runtime import metrics
+from runtime.cli import CONTROLS, Parser
+from runtime.errors import UserError, one_line
+from runtime.files import save_text
+from runtime.process import run_script
+from runtime.run import RESUME_IGNORED
+from tools import plots
+
+METHODS = {
+    "main_CIL": "dense",
+    "main_TD": "TD",
+    "main_BU": "BU",
+    "main_train": "TR-BU",
+    "test": "test",
+}
+# Flags that do not separate groups: they cannot change the expected result, or they are kept beside
+# the setting in a group.
+GROUP_IGNORED = RESUME_IGNORED | {"seed", "deterministic", "control", "state"}
+# Flags that records of 2026-11-24 lack, with the values that they stand for.
+ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude"}
+# Flags that a script took at that time although they changed nothing.
+REMOVED_FLAGS = {
+    "main_train": {"unlabel_num"},
+    "test": {
+        *("unlabel_num", "no_teaching", "epochs", "lr", "decreasing_lr"),
+        *("momentum", "weight_decay"),
+    },
+}
+
+# ------------------------------------------------------------------------------ reading
+
+
+def read(folder):
+    """The results of all runs in a folder, those of main_train last. Raises UserError."""
+    paths = sorted(Path(folder).glob("*results.json"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        raise UserError(f"{folder}: contains no results.json; give the --save_dir of a run")
+    try:
+        runs = [json.loads(path.read_text()) for path in paths]
+        runs = [run for run in runs if run["states"] != []] or runs  # skip runs without a result
+        for run in runs:
+            check_run(run)
+            run |= {"first": runs[0], "folder": os.path.realpath(folder)}
+            run["flags"] = setting_flags(run, runs[0])
+            setting = [run["script"], run["flags"], run.get("class_order"), run.get("images")]
+            run["setting"] = json.dumps(setting, sort_keys=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{folder}: results.json is damaged or has no results yet; give another run"
+        ) from None
+    return runs
+
+
+def check_run(run):
+    """Raise an error unless a run holds all that is reported of it, in ranges that can be drawn."""
+
+    def need(condition):
+        if not condition:
+            raise ValueError
+
+    def need_number(value, low=0, high=100):
+        need(type(value) in (int, float) and low <= value <= high)
+
+    def need_int(value, low, high):
+        need(type(value) is int and low <= value <= high)
+
+    script, config, states = run["script"], run["config"], run["states"]
+    tasks = config["classifiers"]
+    need(script in METHODS and config.setdefault("control", "none") in CONTROLS)
+    need_int(tasks, 1, 1000)
+    need_int(config["width"], 1, 4096)
+    need_int(config.setdefault("seed", 0), 0, 2**63)
+    need(isinstance(config["dataset"], str) and isinstance(config.get("arch", ""), str))
+    need(states)
+    first = states[0]["state"] if script in ("main_train", "test") else 1
+    for state, row in enumerate(states, first):
+        need_int(row["state"], state, min(state, tasks + (script == "main_TD")))
+        accuracies = [row["accuracy"]]
+        for key in ("mean", "density", *["ticket_density"] * ("ticket_density" in row)):
+            need_number(row[key])
+        layers = [*row.get("layer_density", {}).values()]
+        need(len(layers) <= 1000)
+        if script == "main_BU":
+            accuracies.append(row["dense_accuracy"])
+            for pruning in row.get("rounds", []):
+                need_number(pruning["density"])
+                need_number(pruning["decay"], -100)
+                need_number(row["ticket_density"])
+        for accuracy in accuracies:
+            need(len(accuracy) == min(state, tasks))
+        for value in sum(accuracies, layers):
+            need_number(value)
+    if any(row.get("rounds") for row in states):  # drawn together with the stop rule
+        need_number(config["deacc"], -math.inf, math.inf)
+        need_number(config["base_sparsity"])
+        need(isinstance(config["select_on"], str))
+
+
+def setting_flags(run, first):
+    """The flags that make up a run's setting. first: the first of the runs in its folder.
+
+    A flag of ADDED_FLAGS is left out at its default. A ticket's setting includes the flags of the
+    main_BU that found it, whose results are in the same folder.
+    """
+    script, config = run["script"], run["config"]
+    ignored = GROUP_IGNORED | REMOVED_FLAGS.get(script, set())
+    flags = {key: value for key, value in config.items() if key not in ignored}
+    flags = {key: value for key, value in flags.items() if ADDED_FLAGS.get(key, ...) != value}
+    if script == "main_train":
+        t = run["states"][0]["state"]
+        for key in ("weight", "mask"):
+            flags[key] = name_from_task(Path(config.get(key, "")).name, t)
+        if first["script"] == "main_BU":
+            flags = first["flags"] | flags
+    if script == "test":
+        flags["state"] = run["states"][0]["state"]
+        flags["pretrained"] = Path(config.get("pretrained", "")).name
+    return flags
+
+
+def name_from_task(name, t):
+    """A file name seen from task t: for t = 3, task2_best_model.pt is task{t-1}_best_model.pt."""
+    relative = {t: "{t}", t - 1: "{t-1}"}
+    return re.sub(r"(?<=task|ask-)\d+", lambda m: relative.get(int(m[0]), m[0]), name)
+
+
+def rows_by_task(run):
+    """{task: row} of a run, where the row holds the accuracy after that task.
+
+    The row of main_TD's last task T is that of its result, the model of "task T+1" under the ticket
+    that task T's prunings made. Without a result yet, there is no such row.
+    """
+    rows, tasks = {row["state"]: row for row in run["states"]}, run["config"]["classifiers"]
+    if run["script"] == "main_TD":
+        ticket = rows.pop(tasks, {})
+        if tasks + 1 in rows:
+            rows[tasks] = ticket | rows.pop(tasks + 1)
+    return rows
+
+
+# ------------------------------------------------------------------------------ grouping
+
+
+def group(runs):
+    """Runs grouped by setting, whatever their seed: a list of dicts with these keys.
+
+    script, control, flags, dataset, classifiers; label: a short name; seeds: {seed: {task: row}};
+    accuracy: {task: {seed: mean accuracy of the tasks so far}}; density: the same for the ticket
+    made in a task, or for the model where none is made; ticket: equal for a ticket and its
+    controls. When a seed occurs twice, the second run opens another group, and both labels name
+    their folders.
+    """
+    groups, folders = {}, defaultdict(list)
+    for run in runs:
+        first, seed = run["first"], run["config"]["seed"]
+        same = (first["setting"], first["config"]["seed"])
+        if first["script"] != "main_BU":  # the runs in a folder of main_BU stay together
+            same += (run["setting"], run["config"]["control"], run["states"][0]["state"])
+        if run["folder"] not in folders[same]:
+            folders[same].append(run["folder"])
+        ticket = (run["setting"], folders[same].index(run["folder"]))
+        new = {key: run[key] for key in ("script", "flags", "folder")}
+        new |= {key: run["config"][key] for key in ("control", "classifiers", "dataset")}
+        one = groups.setdefault((*ticket, new["control"]), new | {"ticket": ticket, "seeds": {}})
+        one["seeds"].setdefault(seed, {}).update(rows_by_task(run))
+    groups = sorted(groups.values(), key=lambda one: [*METHODS].index(one["script"]))
+    add_labels(groups)
+    for one in groups:
+        one["accuracy"] = series(one, lambda row: sum(row["accuracy"]) / len(row["accuracy"]))
+        if one["script"] == "main_BU":
+            one["dense"] = series(one, lambda row: sum(row["dense_accuracy"]) / row["state"])
+        one["density"] = series(one, lambda row: row.get("ticket_density", row["density"]))
+    return groups
+
+
+def series(one, value):
+    """{task: {seed: value(row)}} of a group, in the order of tasks and seeds."""
+    tasks = sorted(set().union(*one["seeds"].values()))
+    seeds = sorted(one["seeds"].items())
+    return {t: {seed: value(rows[t]) for seed, rows in seeds if t in rows} for t in tasks}
+
+
+def add_labels(groups):
+    """Set each group's label, with its folder where two settings would have the same label."""
+    for one in groups:
+        one["label"] = label(one, [other for other in groups if other["script"] == one["script"]])
+    tickets = defaultdict(set)
+    for one in groups:
+        tickets[one["label"]].add(one["ticket"])
+    for one in groups:
+        if len(tickets[one["label"]]) > 1:
+            folder = "/".join(Path(one["folder"]).parts[-2:])
+            one["label"] += f" ({one_line(folder, 40)})"
+
+
+def label(one, others):
+    """A group's name: its method, and the flags in which the groups of its script differ."""
+    flags, name = one["flags"], METHODS[one["script"]]
+    if one["script"] == "test":
+        name = f"test of {flags['pretrained']}"
+    task_rewound = {"weight": "task{t-1}_best_model.pt", "mask": "mask-{t}.pt"}
+    if one["script"] == "main_train" and not task_rewound.items() <= flags.items():
+        name = "retrained"
+    parts = [name]
+    for key, value in flags.items():
+        if any(other["flags"].get(key) != value for other in others):
+            if isinstance(value, list):
+                value = ",".join(map(str, value))
+            if value is not None and value is not False:
+                parts.append(f"--{key}" + ("" if value is True else f" {value}"))
+    return one_line(" ".join(parts), 70)
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def measures(one, tasks_shown):
+    """[(name, values of the seeds, decimals)] of a group, for a row of the table of runs.
+
+    tasks_shown: number of task columns in the table.
+    """
+    columns, tasks = range(1, tasks_shown + 1), range(1, one["classifiers"] + 1)
+    found = [(f"task {t}", [*one["accuracy"].get(t, {}).values()], 1) for t in columns]
+    finished = [rows for rows in one["seeds"].values() if rows.keys() == {*tasks}]
+    matrices = [[rows[t]["accuracy"] for t in tasks] for rows in finished]
+    for name, function in (
+        ("last", metrics.last_accuracy),
+        ("AIA", metrics.average_incremental_accuracy),
+        ("forgetting", metrics.forgetting),
+    ):
+        values = [function(matrix) for matrix in matrices]
+        found.append((name, [value for value in values if value is not None], 1))
+    last = [*one["density"].values()][-1:]
+    return [*found, ("density", [*last[0].values()] if last else [], 2)]
+
+
+def run_table(groups):
+    """(column names, rows as (texts, number of seeds, measures)) of the runs without controls."""
+    tasks = max(one["classifiers"] for one in groups)
+    shown = [one for one in groups if one["control"] == "none"]
+    return ["run"], [([one["label"]], len(one["seeds"]), measures(one, tasks)) for one in shown]
+
+
+def control_table(groups):
+    """The same of main_train's tickets and controls, a row for each task and control."""
+    rows, trained = [], [one for one in groups if one["script"] == "main_train"]
+    for ticket in dict.fromkeys(one["ticket"] for one in trained):
+        variants = {one["control"]: one for one in trained if one["ticket"] == ticket}
+        tasks = sorted(set().union(*(one["accuracy"] for one in variants.values())))
+        for task in tasks:
+            rows += [
+                control_row(variants, control, task)
+                for control in CONTROLS
+                if control in variants and task in variants[control]["accuracy"]
+            ]
+    return ["ticket of", "task", "trained"], rows
+
+
+def control_row(variants, control, task):
+    """The row of a control of a ticket. variants: {control: group}, the ticket's own as "none"."""
+    one = variants[control]
+    accuracy, ticket = one["accuracy"][task], {}
+    if control != "none" and "none" in variants:
+        ticket = variants["none"]["accuracy"].get(task, {})
+    difference = [value - ticket[seed] for seed, value in accuracy.items() if seed in ticket]
+    found = [
+        ("accuracy", [*accuracy.values()], 1),
+        ("density", [*one["density"][task].values()], 2),
+        ("minus the ticket", difference, 1),
+    ]
+    return [one["label"], str(task), CONTROLS[control]], len(accuracy), found
+
+
+def as_markdown(names, rows):
+    """A table as Markdown with aligned columns and cells such as '73.2 ± 0.4'."""
+    lines = [[*names, "seeds", *(name for name, *_ in rows[0][2])]]
+    for texts, seeds, found in rows:
+        lines.append([*texts, str(seeds), *(cell(*measure[1:], seeds) for measure in found)])
+    lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_csv(names, rows):
+    """A table as CSV: a column for each mean and each standard deviation, in percent."""
+    kinds = [f"{name} {kind}" for name, *_ in rows[0][2] for kind in ("mean", "sd")]
+    lines = [[*names, "seeds", *kinds]]
+    for texts, seeds, found in rows:
+        pairs = [metrics.mean_and_sd(values) if values else (None, None) for _, values, _ in found]
+        flat = ["" if value is None else f"{value:.4f}" for pair in pairs for value in pair]
+        lines.append([*texts, seeds, *flat])
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
+    return file.getvalue()
+
+
+def cell(values, decimals, seeds):
+    """'73.2 ± 0.4', with the number of values where it is less than the number of seeds."""
+    if not values:
+        return ""
+    mean, deviation = metrics.mean_and_sd(values)
+    mean = round(mean, decimals) + 0.0  # no -0.0
+    text = f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+    return text + (f" (n = {len(values)})" if len(values) < seeds else "")
+
+
+# ------------------------------------------------------------------------------ the report
+
+ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. Density is
+the percentage of weights that remain in the last ticket. Mean ± standard deviation (n - 1) over
+seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
+ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. The last
+column is the difference from the ticket of the same seed, in percentage points."""
+
+
+def unfinished(groups):
+    """Lines on runs that have not reached their last task."""
+    lines = []
+    for one in groups:
+        for seed, rows in one["seeds"].items():
+            if one["script"] not in ("main_train", "test") and one["classifiers"] not in rows:
+                progress = f"{len(rows)} of {one['classifiers']} tasks so far"
+                lines.append(f"{one['label']}, seed {seed}: {progress}")
+    return lines
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --save_dir of a run")
+    message = "where to write tables and plots (default %(default)s)"
+    parser.add_argument("--out", default="report", metavar="DIR", help=message)
+    args = parser.parse_args(argv)
+    folders = {os.path.realpath(folder): folder for folder in args.runs}  # each one once
+    groups = group([run for folder in folders.values() for run in read(folder)])
+    tables = {"report": (ABOUT_RUNS, *run_table(groups))}
+    tables["controls"] = (ABOUT_CONTROLS, *control_table(groups))
+    tables = {name: table for name, table in tables.items() if table[2]}  # those with rows
+    figures, missing = plots.draw(groups)
+    write_report(Path(args.out), tables, [*unfinished(groups), *missing], figures)
+
+
+def write_report(out, tables, notes, figures):
+    """Print the tables and notes; write them and the figures to the folder `out`."""
+    text = "".join(f"{about}\n\n{as_markdown(*table)}\n" for about, *table in tables.values())
+    print(text + "".join(f"{note}\n" for note in notes), end="")
+    definitions = "".join(f"- {name}: {meaning}\n" for name, meaning in metrics.DEFINITIONS.items())
+    text += f"With a_{{t,i}} the accuracy of task i after task t:\n\n{definitions}\n"
+    text += "".join(f"{note}\n\n" for note in notes)
+    text += "".join(f"![{name}]({name}.png)\n" for name in figures)
+    files = {f"{name}.csv": as_csv(*table) for name, (_, *table) in tables.items()}
+    for name, content in (files | {"report.md": text}).items():
+        save_text(out / name, content)
+    for name, figure in figures.items():
+        plots.write(figure, out / name)
+    written = [*files, "report.md", *(f"{name}.{kind}" for name in figures for kind in plots.KINDS)]
+    print(f"written to {out}: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
