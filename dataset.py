@@ -60,9 +60,9 @@ class Data:
         part: one of the four dicts. Both are empty when last < first.
         """
         c = self.classes_per_classifier
-        places = range((first - 1) * c, last * c)
-        images = torch.cat([part[self.order[i]] for i in places] or [self.pool[:0]])
-        labels = [torch.full((len(part[self.order[i]]),), i) for i in places]
+        classes = range((first - 1) * c, last * c)
+        images = torch.cat([part[self.order[i]] for i in classes] or [self.pool[:0]])
+        labels = [torch.full((len(part[self.order[i]]),), i) for i in classes]
         labels = torch.cat(labels or [torch.empty(0, dtype=torch.long)])
         return images, labels.to(images.device)
 

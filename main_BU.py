@@ -64,8 +64,9 @@ def find_ticket(model, task, run, dense_accuracy):
             masks, state = pruned, pruning_utils.clone_state(model)
     if state is None:
         raise UserError(
-            f"--percent {args.percent:g}: the first pruning passes --base_sparsity and loses "
-            f"{decay:.2f} points, which leaves no ticket; give a smaller --percent"
+            f"--percent {args.percent:g}, --deacc {args.deacc:g}, --base_sparsity "
+            f"{args.base_sparsity:g}: not even the first pruning is within the limits, which "
+            f"leaves no ticket; give a smaller --percent or a larger --deacc"
         )
     return masks, state, rounds
 

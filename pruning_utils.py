@@ -126,12 +126,12 @@ def apply_mask(model, masks):
 
 
 def remove_mask(model):
-    """Make the model dense again; weight_orig is taken whole, with what the mask hid."""
+    """Make the model dense again; all of weight_orig comes back, masked weights too."""
     for conv in convolutions(model).values():
         if torch_prune.is_pruned(conv):
-            whole = conv.weight_orig.detach().clone()
+            dense = conv.weight_orig.detach().clone()
             torch_prune.remove(conv, "weight")
-            conv.weight.data = whole
+            conv.weight.data = dense
 
 
 def extract_mask(state):
@@ -207,7 +207,7 @@ def rewind(model, state, scope="conv"):
 
 
 def random_mask(masks, generator):
-    """A mask of the same density at random places of the whole network.
+    """A mask of the same density at random positions of the whole network.
 
     generator: a CPU torch.Generator. The density of each layer is left to chance.
     """
@@ -218,7 +218,7 @@ def random_mask(masks, generator):
 
 
 def shuffle_mask(masks, generator):
-    """A mask of the same density in every layer, at random places; generator as in random_mask."""
+    """A mask of the same density in each layer, at random positions; generator: see random_mask."""
     return {
         name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view_as(mask)
         for name, mask in masks.items()

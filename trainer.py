@@ -91,32 +91,28 @@ def task1_loss(model, x, y):
     return sum(F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True))
 
 
-def kd_loss(model, k, sub, random, new, old, unlabeled=None):
-    """Task k > 1: the loss of one step over its four sub-batches.
+def kd_loss(model, k, sub, batch):
+    """Task k > 1: the loss of one step over its sub-batches.
 
-    random, new, old: (x [n,3,H,W], y [n]); unlabeled: (x, logits [n,(k-1)c], logits_main), or None
-    with --no_teaching: then nothing is distilled.
+    batch: (random, new, old, unlabeled), the first three (x [n,3,H,W], y [n]), unlabeled
+    (x, logits [n,(k-1)c], logits_main); without unlabeled (--no_teaching) nothing is distilled.
     sub: a quarter of the batch size. It sets the weights of the balanced losses, whatever the
-    sub-batches hold. All four pass together, and BatchNorm normalizes each separately, in this
-    order; the published code passes the unlabeled one twice, once for each kind of heads.
+    sub-batches hold. All pass together, and BatchNorm normalizes each separately, in this order;
+    the published code passes the unlabeled one twice, once for each kind of heads.
     """
-    (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
-    images = [x, x_new, x_old]
-    if unlabeled:
-        x_unlabeled, stored, stored_main = unlabeled
-        images.append(x_unlabeled)
+    (x, y), (x_new, y_new), (x_old, y_old), *unlabeled = batch
+    images = [x, x_new, x_old, *(part[0] for part in unlabeled)]
     sizes = [len(each) for each in images]
     features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
     of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
     loss = F.cross_entropy(model.logits(of_random, k, main_fc=False), y)
-    if unlabeled:
-        loss = loss + distillation(model.logits(*of_unlabeled, k - 1, main_fc=False), stored)
     a, b = sub // k / sub, sub * (k - 1) // k / sub
     balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
     balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
-    if unlabeled:
-        unlabeled_main = model.logits(*of_unlabeled, k - 1, main_fc=True)
-        balanced = balanced + distillation(unlabeled_main, stored_main)
+    for distilled, (_, stored, stored_main) in zip(of_unlabeled, unlabeled):
+        loss = loss + distillation(model.logits(distilled, k - 1, main_fc=False), stored)
+        main_logits = model.logits(distilled, k - 1, main_fc=True)
+        balanced = balanced + distillation(main_logits, stored_main)
     return loss + BALANCED_WEIGHT * balanced
 
 
@@ -161,7 +157,7 @@ def train_epoch(model, optimizer, task, args, step, progress):
     model.train()
     k, sub = task.t, random_batch_size(args, task.t)
     for batch in islice(batches(task, args, step, progress.epoch), progress.batch, None):
-        loss = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, *batch)
+        loss = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -247,7 +243,7 @@ class Progress:
 
     epoch: int = 1  # the current one, and the batches done and the sum of the losses in it
     batch: int = 0
-    total_loss: torch.Tensor = 0.0
+    total_loss: float | torch.Tensor = 0.0
     best: float = -1.0  # accuracy in percent
     best_epoch: int = 0
     best_checkpoint: dict = None
@@ -263,7 +259,7 @@ class Progress:
 
     @classmethod
     def from_checkpoint(cls, content, model, optimizer):
-        """The Progress in such a dict, with model and optimizer put where they were."""
+        """The Progress in such a dict; model and optimizer are restored too."""
         pruning_utils.load_state(model, content.pop("state_dict"))
         optimizer.load_state_dict(content.pop("optimizer"))
         return cls(**content)
@@ -276,6 +272,15 @@ class Progress:
         """Where it stands, in words."""
         batches = batches_per_epoch(task, args)
         return f"at epoch {self.epoch} of {plan.epochs}, after batch {self.batch} of {batches}"
+
+    def epoch_summary(self, plan):
+        """The last finished epoch on one line."""
+        loss, accuracy = self.history[-1]
+        validated = "" if accuracy is None else f", accuracy {accuracy:.2f} %"
+        return (
+            f"{plan.step}: epoch {self.epoch - 1}/{plan.epochs}, loss {loss:.3f}{validated}, "
+            f"{self.images / self.training_seconds:.0f} images/s"
+        )
 
     def outcome(self):
         """What is recorded of a finished loop."""
@@ -381,8 +386,8 @@ def resume(model, optimizer, task, run, plan):
 def set_learning_rate(optimizer, plan, epoch):
     """plan.lr, divided by 10 for each milestone before this epoch."""
     lr = plan.lr
-    for _ in filter(lambda milestone: milestone < epoch, plan.milestones):
-        lr *= 0.1  # one after the other, as MultiStepLR rounds
+    for past in range(1, epoch):  # one after the other, as MultiStepLR rounds
+        lr *= 0.1 ** plan.milestones.count(past)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -446,8 +451,8 @@ def timed(epoch, progress):
 def watched(model, optimizer, task, run, plan, progress):
     """The progress bar, checkpoints and signals around a loop.
 
-    Gives two functions, to be called after each batch and after each epoch. A signal ends the loop
-    after the current batch, or within a validation; then all is saved.
+    Gives two functions, to be called after each batch and after each epoch. After a signal the
+    loop stops at the next batch, in training or validation, and its progress is saved.
     """
     args, batches = run.args, batches_per_epoch(task, run.args)
     last_saved = last_logged = time.monotonic()
@@ -474,22 +479,16 @@ def watched(model, optimizer, task, run, plan, progress):
         if not bar.disable:
             bar.set_postfix(loss=loss, accuracy=accuracy)
         elif time.monotonic() - last_logged > LOG_SECONDS:
-            of_val = "" if accuracy is None else f", accuracy {accuracy:.2f} %"
-            speed = progress.images / progress.training_seconds
-            done = f"{plan.step}: epoch {progress.epoch - 1}/{plan.epochs}"
-            print(f"{done}, loss {loss:.3f}{of_val}, {speed:.0f} images/s", flush=True)
+            print(progress.epoch_summary(plan), flush=True)
             last_logged = time.monotonic()
 
-    steps = {
-        "total": plan.epochs * batches,
-        "initial": (progress.epoch - 1) * batches + progress.batch,
-    }
-    with tqdm(desc=plan.step, unit="batch", disable=None, leave=False, **steps) as bar:
+    total, done = plan.epochs * batches, (progress.epoch - 1) * batches + progress.batch
+    options = {"unit": "batch", "disable": None, "leave": False}
+    with tqdm(desc=plan.step, total=total, initial=done, **options) as bar:
         try:
             yield after_batch, after_epoch
         except Interrupted as interrupt:
             save()
-            position = progress.position(plan, task, args)
-            interrupt.position = f", {plan.step} is saved {position}"
+            interrupt.position = f", {plan.step} is saved {progress.position(plan, task, args)}"
             raise
     progress.seconds = time.monotonic() - start

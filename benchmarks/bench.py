@@ -169,7 +169,7 @@ def kd_step(way, width, device, t=3):
             device, 6, lambda: published.kd_step(model, optimizer, t, sub, *batches)
         )
     return lambda: timed_step(
-        device, 6, lambda: descend(optimizer, trainer.kd_loss(model, t, sub, *batches))
+        device, 6, lambda: descend(optimizer, trainer.kd_loss(model, t, sub, batches))
     )
 
 

@@ -111,7 +111,7 @@ def count_heads(shapes):
 
 
 def dense_state(state):
-    """A state dict with weight_orig, whole, as weight, and without masks."""
+    """A state dict with weight_orig as weight, and without masks."""
     return {
         key.replace(ORIG, ".weight"): value
         for key, value in state.items()

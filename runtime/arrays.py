@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 
 from runtime.errors import UserError, first_line
-from runtime.files import atomic_write
+from runtime.files import atomic_write, is_archive
 
 
 def save_array(path, array):
@@ -21,10 +21,14 @@ def load_array(path, label=None):
     """
     label = label or path
     try:
+        if is_archive(path):
+            raise UserError(f"{label}: found an archive, give a plain .npy array")
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{label}: no such file, give a .npy array") from None
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         reason = first_line(error)
         raise UserError(f"{label}: not a plain .npy array ({reason}), give another file") from None

@@ -48,9 +48,9 @@ def atomic_write(path, write):
 
 
 def os_error(error):
-    """The OSError that an exception is or was raised after, else None.
+    """The OSError that an exception is, or during which it was raised; else None.
 
-    On a full disk torch.save finishes its archive, which raises a RuntimeError over the OSError.
+    On a full disk torch.save still closes its archive, which raises a RuntimeError in turn.
     """
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
@@ -90,7 +90,7 @@ def save_text(path, text):
 
 
 def is_archive(path):
-    """Whether a file is a zip archive by its first bytes, by which PyTorch and NumPy tell."""
+    """Whether a file is a zip archive by its first bytes, which is how PyTorch and NumPy decide."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\3\4"
 

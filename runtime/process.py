@@ -15,8 +15,9 @@ def run_script(main):
 
     SIGINT and SIGTERM end it with status 130 and 143, after the current training step is saved.
     """
-    global _pending, _last
-    _pending = _last = None
+    global _pending
+    _pending = None
+    _arrived.clear()
     keep_freed_memory()
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {signum: signal.signal(signum, on_signal) for signum in signals}
@@ -67,7 +68,7 @@ class Interrupted(KeyboardInterrupt):
 
 _held = False  # whether signals wait for check_signals()
 _pending = None  # the signal that waits
-_last = None  # the last one that was held
+_arrived = set()  # those that have waited
 
 
 def on_signal(signum, frame):
@@ -76,12 +77,13 @@ def on_signal(signum, frame):
     The same signal again ends the process at once, also while it saves its progress. A different
     one does not: Ctrl-C in a terminal may be followed by the SIGTERM of a parent process.
     """
-    global _pending, _last
+    global _pending
     if not _held:
         raise Interrupted(signum)
-    if signum == _last:
+    if signum in _arrived:
         os._exit(128 + signum)
-    _pending = _last = signum
+    _arrived.add(signum)
+    _pending = signum
 
 
 @contextlib.contextmanager

@@ -164,11 +164,10 @@ class Run(Record):
             self.check_settings(settings)
             self.journal.pop("finished", None)  # until close(), which may find a file damaged
             self.start -= self.journal["seconds"]
-            done = [*self.journal["steps"]]
-            print(f"  folder    {self.folder}" + f", resumes after {done[-1]}" * bool(done))
         else:
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
-            print(f"  folder    {self.folder}")
+        *_, last = [None, *self.journal["steps"]]
+        print(f"  folder    {self.folder}" + (f", resumes after {last}" if last else ""))
         self.results["states"] = self.journal["rows"]
         if not self.journal["steps"]:
             self.write()  # a folder that cannot be written is reported now, not after a task
@@ -318,6 +317,7 @@ class Run(Record):
                 problem = "is damaged" if found else "is missing"
                 print(f"{path}: {problem}, so {step} is done again", flush=True)
                 self.redone.add(step)
+                self.write_journal()  # the run is not finished any more
                 entry = None
                 break
         if entry is None:

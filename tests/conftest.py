@@ -1,6 +1,6 @@
 """What the tests share: a tiny data set in memory, and the arguments of a tiny run."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 import processes
 import pytest
@@ -15,7 +15,7 @@ from runtime.run import Run
 @pytest.fixture
 def args(tmp_path):
     """The flags of a tiny run: 3 tasks of 2 classes."""
-    return SimpleNamespace(
+    return Namespace(
         dataset="digits",
         data=None,
         classifiers=3,

@@ -45,16 +45,16 @@ def kd_parts(model, k, random, new, old, unlabeled):
     }
 
 
-def exemplars_loss(model, k, sub, random, new, old):
+def exemplars_loss(model, k, sub, batches):
     """The loss of task k with --no_teaching: three passes, nothing is distilled."""
-    (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
+    (x, y), (x_new, y_new), (x_old, y_old) = batches
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
     loss = cross_entropy(model(x, k, main_fc=False), y)
     balanced = a * cross_entropy(model(x_new, k, main_fc=True), y_new)
     return loss + 0.5 * (balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old))
 
 
-def kd_loss(model, k, sub, *batches):
+def kd_loss(model, k, sub, batches):
     """The loss of task k; the weights a and b depend on the batch size, not on the batches."""
     parts = kd_parts(model, k, *batches)
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub

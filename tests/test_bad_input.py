@@ -1,4 +1,4 @@
-"""Bad input, through the command lines: status 2, one line that helps, and nothing is written."""
+"""Bad input on the command lines: status 2, one line that helps, and nothing is written."""
 
 import json
 import os
@@ -16,30 +16,33 @@ import pytest
 import torch
 
 import pruning_utils
-import trainer
-import utils
+from models import build_model
+from runtime.checkpoint import save_checkpoint
 
-LIMIT = 60  # seconds after which a run that should have been refused is ended
+LIMIT = 60  # seconds after which a run that should have ended with an error is killed
 PARTS = {"train": 3, "val": 1, "test": 1, "save_100": 2}  # images of each class
 HUGE = "1" + 400 * "0"
 ADVICE = re.compile(r"\b(give|add|leave|delete|get|make|name|prepare|put|try|see)\b|--help")
+# what a run may print before an error: its header, or a notice of dataset.py
+HEADER = re.compile(r"\w+\.py\n(  .*\n)*")
+NOTICE = re.compile(r"(preparing \w+ in \S+ \.\.\.\n|\S+: already prepared\n)?")
 
-# What goes before a case's own flags: tiny runs, so that an accepted case does not take long.
-TINY = "--dataset digits --classifiers 3 --width 4 --epochs 1 --batch_size 64 --unlabel_num 1 "
+# These go before a case's own flags: tiny runs, so that an accepted case does not take long.
+TINY = "--dataset digits --classifiers 3 --width 4 --epochs 1 --batch_size 64 "
 BASE = {
-    "main_TD.py": TINY + "--prune_scheduler 1,1,1 --iter_epochs 1 ",
-    "main_BU.py": TINY + "--max_iter_prun 1 --iter_epochs 1 ",
-    "main_CIL.py": TINY,
+    "main_TD.py": TINY + "--unlabel_num 1 --prune_scheduler 1,1,1 --iter_epochs 1 ",
+    "main_BU.py": TINY + "--unlabel_num 1 --max_iter_prun 1 --iter_epochs 1 ",
+    "main_CIL.py": TINY + "--unlabel_num 1 ",
     "main_train.py": TINY,
     "test.py": "--dataset digits --classifiers 3 --width 4 ",
     "dataset.py": "",
-    "report.py": "",
+    "-m tools.report": "",
 }
 SET = "--dataset cifar10 --data set"
 DONE = SET + " --save_dir done"
 
 
-# ------------------------------------------------------------------------------ sound input
+# ------------------------------------------------------------------------------ valid input
 
 
 def images(*shape, dtype=np.uint8):
@@ -51,15 +54,15 @@ def part(count, side=32):
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory, scripts):
-    """A folder of sound input (and a few files that are not): what each case works in a copy of.
+def valid(tmp_path_factory, scripts):
+    """A folder of valid input (and a few files that are not); each case gets a copy.
 
-    set/ is prepared, published/ holds pickles, taught/ the soft labels of task 1, run/ the
-    records of a run alone, done/ a finished run of main_CIL; the checkpoints are of --width 4 and
+    set/ is prepared, published/ holds pickles, labels/ the soft labels of task 1, run/ only the
+    records of a run, done/ a finished run of main_CIL; the checkpoints are of --width 4 and
     3 tasks of 2 classes.
     """
-    folder = tmp_path_factory.mktemp("sound")
-    for name in ("set", "published", "taught", "run", "empty"):
+    folder = tmp_path_factory.mktemp("valid")
+    for name in ("set", "published", "labels", "run", "empty"):
         (folder / name).mkdir()
     (folder / "file").write_text("neither a folder nor a checkpoint\n")
 
@@ -73,9 +76,9 @@ def sound(tmp_path_factory, scripts):
     pool = {"data": images(4, 32, 32, 3), "label": np.zeros(4, np.uint8)}
     (folder / "published" / "cifar10_80m_150k.pkl").write_bytes(pickle.dumps(pool))
 
-    np.save(folder / "taught" / "task1_img.npy", images(5, 3, 32, 32))
+    np.save(folder / "labels" / "task1_img.npy", images(5, 3, 32, 32))
     for name in ("dis_label", "dis_label_main"):
-        np.save(folder / "taught" / f"task1_{name}.npy", np.zeros((5, 2), np.float32))
+        np.save(folder / "labels" / f"task1_{name}.npy", np.zeros((5, 2), np.float32))
 
     row = {"state": 1, "accuracy": [50.0], "mean": 50.0, "density": 100.0, "dense_accuracy": [50.0]}
     config = {"dataset": "digits", "width": 4, "classifiers": 1}
@@ -83,21 +86,24 @@ def sound(tmp_path_factory, scripts):
     (folder / "run" / "results.json").write_text(json.dumps(run))
 
     def model(**changes):
-        args = {"classes_per_classifier": 2, "classifiers": 3, "width": 4, "seed": 0}
-        args = SimpleNamespace(**args | {"precision": "fp32"} | changes)
-        return trainer.make_model(args, torch.device("cpu"))
+        args = {"arch": "resnet18", "width": 4, "precision": "fp32"}
+        args |= {"classifiers": 3, "classes_per_classifier": 2}
+        return build_model(SimpleNamespace(**args | changes))
 
     dense = model()
-    utils.save(folder / "dense.pt", {"epoch": 1, "state_dict": dense.state_dict()})
-    utils.save(folder / "wide.pt", model(width=8).state_dict())
-    utils.save(folder / "heads.pt", model(classifiers=4).state_dict())
-    utils.save(folder / "classes.pt", model(classes_per_classifier=3).state_dict())
-    masks = pruning_utils.prune(pruning_utils.weights(dense), pruning_utils.masks_of(dense), 0.5)
+    save_checkpoint(folder / "dense.pt", {"epoch": 1, "state_dict": dense.state_dict()})
+    save_checkpoint(folder / "wide.pt", model(width=8).state_dict())
+    save_checkpoint(folder / "heads.pt", model(classifiers=4).state_dict())
+    save_checkpoint(folder / "classes.pt", model(classes_per_classifier=3).state_dict())
+    save_checkpoint(folder / "resnet32.pt", model(arch="resnet32").state_dict())
+    scores = pruning_utils.magnitude(pruning_utils.weights(dense), None)
+    masks = pruning_utils.prune(scores, pruning_utils.masks_of(dense), 0.5)
     pruning_utils.save_masks(folder / "mask.pt", masks)
     pruning_utils.apply_mask(dense, masks)
-    utils.save(folder / "pruned.pt", dense.state_dict())
-    wide = pruning_utils.masks_of(model(width=8))
-    pruning_utils.save_masks(folder / "wide_mask.pt", wide)
+    save_checkpoint(folder / "pruned.pt", dense.state_dict())
+    for name, changes in (("wide_mask", {"width": 8}), ("resnet32_mask", {"arch": "resnet32"})):
+        other = pruning_utils.masks_of(model(**changes))
+        pruning_utils.save_masks(folder / f"{name}.pt", other)
     ended = scripts.run(["main_CIL.py", *(BASE["main_CIL.py"] + DONE).split()], cwd=folder)
     assert ended.status == 0, ended.err
     return folder
@@ -106,17 +112,17 @@ def sound(tmp_path_factory, scripts):
 # ------------------------------------------------------------------------------ damages
 
 
-def remove(name):
-    return lambda: Path(name).unlink()
+def remove(*names):
+    return lambda: [Path(name).unlink() for name in names]
 
 
 def cut(name):
-    """The file ends halfway."""
+    """Cut the file in half."""
     return lambda: os.truncate(name, Path(name).stat().st_size // 2)
 
 
 def flip(name):
-    """A byte in the middle of the file is another."""
+    """Change a byte in the middle of the file."""
 
     def damage():
         content = bytearray(Path(name).read_bytes())
@@ -131,7 +137,7 @@ def text(name, content="no array, no pickle, no checkpoint\n"):
 
 
 def folder(name):
-    """A folder where a file should be."""
+    """Put a folder where a file should be."""
 
     def damage():
         if Path(name).exists():
@@ -142,12 +148,12 @@ def folder(name):
 
 
 def array(name, content):
-    """Another array in the file."""
+    """Put another array in the file."""
     return lambda: np.save(name, content, allow_pickle=True)
 
 
 def classes(name, **changes):
-    """Other arrays for some classes of a part of set/; None leaves a class out."""
+    """Put other arrays in a part of set/, for some classes; None leaves a class out."""
 
     def damage():
         content = part(PARTS[name]) | {c.removeprefix("_"): a for c, a in changes.items()}
@@ -158,12 +164,12 @@ def classes(name, **changes):
 
 
 def pickled(name, content):
-    """Another object in a published file."""
+    """Put another object in a published file."""
     return lambda: Path(f"published/cifar10_{name}.pkl").write_bytes(pickle.dumps(content))
 
 
 def records(*keys, value):
-    """Another value at run/results.json[key][key]..."""
+    """Put another value at run/results.json[key][key]..."""
 
     def damage():
         path = Path("run/results.json")
@@ -177,7 +183,7 @@ def records(*keys, value):
 
 
 def tensors(name, change):
-    """Every floating-point tensor of a raw state dict changed."""
+    """Change every floating-point tensor of a checkpoint; it becomes a raw state dict."""
 
     def damage():
         state = torch.load(name, weights_only=True)
@@ -189,7 +195,7 @@ def tensors(name, change):
 
 
 def one_pixel_set():
-    """A class has one image of one pixel: in a batch of one, BatchNorm has a single value."""
+    """Each class has one image of one pixel: in a batch of one, BatchNorm has a single value."""
     for name in PARTS:
         np.savez(f"set/cifar10_{name}.npz", **part(1, side=1))
     np.save("set/cifar10_pool.npy", images(4, 1, 1, 3))
@@ -200,10 +206,10 @@ def one_pixel_set():
 PUBLISHED = "--dataset cifar10 --data published"
 WEIGHT, MASK = "--weight dense.pt ", "--mask mask.pt "
 TICKET = WEIGHT + MASK
-TAUGHT = TICKET + "--state 2 --save_data_path taught"
+LABELS = TICKET + "--state 2 --save_data_path labels"
 NEW = "--data new --raw empty --unlabeled pool.npy"
 
-# id, script, its flags, what the line names, and what is damaged before
+# id, script, its flags, what the error line contains, and (optional) what is damaged before
 CASES = [
     # flags: numbers
     ("epochs-0", "main_TD.py", "--epochs 0", "--epochs"),
@@ -212,13 +218,12 @@ CASES = [
     ("epochs-empty", "main_train.py", TICKET + "--state 1 --epochs ''", "--epochs"),
     ("epochs-huge", "main_CIL.py", f"--epochs {HUGE}", "--epochs"),
     ("epochs-no-value", "main_CIL.py", "--epochs", "--epochs"),
-    ("iter-epochs-0", "main_TD.py", "--iter_epochs 0", "--iter_epochs"),
     ("iter-epochs-negative", "main_BU.py", "--iter_epochs -3", "--iter_epochs"),
     ("batch-0", "main_TD.py", "--batch_size 0", "--batch_size"),
     ("batch-huge", "main_CIL.py", f"--batch_size {HUGE}", "--batch_size"),
     ("batch-below-the-tasks-TD", "main_TD.py", "--batch_size 11", "--batch_size 11"),
     ("batch-below-the-tasks-BU", "main_BU.py", "--batch_size 7 --classifiers 2", "--batch_size 7"),
-    ("batch-below-the-state", "main_train.py", TAUGHT + " --batch_size 7", "--batch_size 7"),
+    ("batch-below-the-state", "main_train.py", LABELS + " --batch_size 7", "--batch_size 7"),
     ("lr-0", "main_TD.py", "--lr 0", "--lr"),
     ("lr-negative", "main_BU.py", "--lr -0.1", "--lr"),
     ("lr-nan", "main_CIL.py", "--lr nan", "--lr"),
@@ -249,24 +254,25 @@ CASES = [
     ("overwrite-with-a-value", "main_TD.py", "--overwrite=yes", "--overwrite"),
     ("print-freq-0", "main_CIL.py", "--print_freq 0", "--print_freq"),
     ("unlabel-num-0", "main_TD.py", "--unlabel_num 0", "--unlabel_num"),
+    ("unlabel-num-train", "main_train.py", TICKET + "--state 1 --unlabel_num 1", "--unlabel_num"),
     ("classifiers-0", "main_CIL.py", "--classifiers 0", "--classifiers"),
     ("classifiers-huge", "main_CIL.py", f"--classifiers {HUGE}", "--classifiers"),
     ("classes-0", "main_CIL.py", "--classes_per_classifier 0", "--classes_per_classifier"),
     ("too-many-classes", "main_CIL.py", "--classes_per_classifier 4", "--classes_per_classifier 4"),
     ("too-many-tasks", "main_TD.py", "--classifiers 6", "--classifiers 6"),
-    ("percent-0", "main_TD.py", "--percent 0", "--percent"),
+    ("percent-negative", "main_TD.py", "--percent -0.1", "--percent"),
     ("percent-1", "main_BU.py", "--percent 1", "--percent"),
     ("percent-20", "main_BU.py", "--percent 20", "--percent"),
     ("deacc-word", "main_BU.py", "--deacc little", "--deacc"),
     ("deacc-nan", "main_BU.py", "--deacc nan", "--deacc"),
     ("accept-decay-empty", "main_BU.py", "--accept_decay ''", "--accept_decay"),
     ("max-iter-prun-0", "main_BU.py", "--max_iter_prun 0", "--max_iter_prun"),
-    ("base-sparsity-100", "main_BU.py", "--base_sparsity 100", "--base_sparsity"),
+    ("base-sparsity-101", "main_BU.py", "--base_sparsity 101", "--base_sparsity"),
     ("base-sparsity-negative", "main_BU.py", "--base_sparsity -1", "--base_sparsity"),
     ("per-class-0", "dataset.py", "--data new --raw empty --per_class 0", "--per_class"),
     ("per-class-fraction", "dataset.py", "--data new --raw empty --per_class 20.5", "--per_class"),
     ("seed-of-the-split", "dataset.py", "--data new --raw empty --seed -1", "--seed"),
-    # flags: words and lists
+    # flags: names and lists
     ("schedule-too-short", "main_TD.py", "--prune_scheduler 1,1", "--prune_scheduler 1,1:"),
     ("schedule-too-long", "main_TD.py", "--prune_scheduler 1,1,1,1", "--prune_scheduler 1,1,1,1:"),
     ("schedule-empty", "main_TD.py", "--prune_scheduler ''", "--prune_scheduler"),
@@ -276,6 +282,9 @@ CASES = [
     ("rewind-unknown", "main_TD.py", "--rewind back", "--rewind"),
     ("rewind-scope-unknown", "main_TD.py", "--rewind_scope heads", "--rewind_scope"),
     ("select-on-train", "main_BU.py", "--select_on train", "--select_on"),
+    ("criterion-unknown", "main_BU.py", "--criterion gradient", "--criterion"),
+    ("criterion-CIL", "main_CIL.py", "--criterion random", "--criterion"),
+    ("arch-unknown", "main_TD.py", "--arch vgg16", "--arch"),
     ("precision-fp16", "main_CIL.py", "--precision fp16", "--precision"),
     ("device-unknown", "main_CIL.py", "--device tpu", "--device tpu"),
     ("device-not-there", "main_CIL.py", "--device cuda:99", "--device cuda:99"),
@@ -287,8 +296,11 @@ CASES = [
     ("dataset-of-two-lines", "main_TD.py", "--dataset 'digits\nor not'", "--dataset"),
     ("flag-unknown", "main_TD.py", "--colour red", "--colour"),
     ("flag-of-another-script", "main_CIL.py", "--percent 0.2", "--percent"),
+    ("flag-lr-test", "test.py", "--pretrained dense.pt --lr 0.1", "--lr"),
+    ("flag-epochs-test", "test.py", "--pretrained dense.pt --epochs 1", "--epochs"),
+    ("flag-overwrite-test", "test.py", "--pretrained dense.pt --overwrite", "--overwrite"),
     ("flag-of-two-lines", "main_CIL.py", "--colour 'red\nblue'", "--colour"),
-    ("word-left-over", "main_BU.py", "cifar10", "cifar10"),
+    ("argument-left-over", "main_BU.py", "cifar10", "cifar10"),
     # flags that contradict each other or the data set
     ("digits-with-data", "main_CIL.py", "--data set", "--data set"),
     ("digits-with-empty-data", "main_CIL.py", "--data ''", "--data"),
@@ -383,7 +395,7 @@ CASES = [
         classes("train", _9=np.array([None])),
     ),
     (
-        "set-class-is-a-word",
+        "set-class-is-a-name",
         "main_CIL.py",
         SET,
         "set",
@@ -512,6 +524,7 @@ CASES = [
     ("weight-cut", "main_train.py", TICKET + "--state 1", "dense.pt", cut("dense.pt")),
     ("weight-empty-file", "main_train.py", TICKET + "--state 1", "dense.pt", text("dense.pt", "")),
     ("weight-wide", "main_train.py", "--weight wide.pt --state 1 " + MASK, "--weight wide.pt"),
+    ("weight-resnet32", "main_train.py", "--weight resnet32.pt --state 1 " + MASK, "--arch"),
     ("weight-heads", "main_train.py", "--weight heads.pt --state 1 " + MASK, "--weight heads.pt"),
     (
         "weight-nan",
@@ -538,6 +551,7 @@ CASES = [
     ("mask-is-dense", "main_train.py", WEIGHT + "--mask dense.pt --state 1", "dense.pt"),
     ("mask-text", "main_train.py", WEIGHT + "--mask file --state 1", "file"),
     ("mask-wide", "main_train.py", WEIGHT + "--mask wide_mask.pt --state 1", "wide_mask.pt"),
+    ("mask-of-resnet32", "main_train.py", WEIGHT + "--mask resnet32_mask.pt --state 1", "--arch"),
     ("mask-cut", "main_train.py", TICKET + "--state 1", "mask.pt", cut("mask.pt")),
     (
         "mask-of-halves",
@@ -560,6 +574,8 @@ CASES = [
     ("pretrained-cut", "test.py", "--pretrained dense.pt --state 1", "dense.pt", cut("dense.pt")),
     ("pretrained-wide", "test.py", "--pretrained wide.pt --state 1", "--width 4"),
     ("pretrained-narrow", "test.py", "--pretrained dense.pt --state 1 --width 8", "--width 8"),
+    ("pretrained-resnet32", "test.py", "--pretrained resnet32.pt --state 1", "--arch"),
+    ("pretrained-resnet18", "test.py", "--pretrained dense.pt --state 1 --arch resnet32", "--arch"),
     ("pretrained-heads", "test.py", "--pretrained heads.pt --state 1", "--classifiers"),
     (
         "pretrained-classes",
@@ -605,7 +621,7 @@ CASES = [
         "save-dir-with-teaching",
         "main_CIL.py",
         DONE + " --no_teaching",
-        "with --no_teaching False (now True); go on",
+        "with --no_teaching False (now True); resume",
     ),
     ("save-dir-journal-flipped", "main_CIL.py", DONE, "done/run.json", flip("done/run.json")),
     ("save-dir-journal-list", "main_CIL.py", DONE, "done/run.json", text("done/run.json", "[1]")),
@@ -624,73 +640,73 @@ CASES = [
         TICKET + "--state 2",
         "--save_data_path BU_digits/data: holds no task1_img.npy",
     ),
-    ("labels-missing", "main_train.py", TAUGHT, "label", remove("taught/task1_dis_label.npy")),
-    ("labels-text", "main_train.py", TAUGHT, "label", text("taught/task1_dis_label.npy")),
-    ("labels-cut", "main_train.py", TAUGHT, "task1_img.npy", cut("taught/task1_img.npy")),
+    ("labels-missing", "main_train.py", LABELS, "label", remove("labels/task1_dis_label.npy")),
+    ("labels-text", "main_train.py", LABELS, "label", text("labels/task1_dis_label.npy")),
+    ("labels-cut", "main_train.py", LABELS, "task1_img.npy", cut("labels/task1_img.npy")),
     (
         "labels-of-doubles",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_dis_label.npy",
-        array("taught/task1_dis_label.npy", np.zeros((5, 2))),
+        LABELS,
+        "labels/task1_dis_label.npy",
+        array("labels/task1_dis_label.npy", np.zeros((5, 2))),
     ),
     (
         "labels-of-other-rows",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_dis_label_main.npy",
-        array("taught/task1_dis_label_main.npy", np.zeros((4, 2), np.float32)),
+        LABELS,
+        "labels/task1_dis_label_main.npy",
+        array("labels/task1_dis_label_main.npy", np.zeros((4, 2), np.float32)),
     ),
     (
         "labels-of-other-classes",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_dis_label.npy",
-        array("taught/task1_dis_label.npy", np.zeros((5, 4), np.float32)),
+        LABELS,
+        "labels/task1_dis_label.npy",
+        array("labels/task1_dis_label.npy", np.zeros((5, 4), np.float32)),
     ),
     (
         "labels-nan",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_dis_label.npy",
-        array("taught/task1_dis_label.npy", np.full((5, 2), np.nan, np.float32)),
+        LABELS,
+        "labels/task1_dis_label.npy",
+        array("labels/task1_dis_label.npy", np.full((5, 2), np.nan, np.float32)),
     ),
     (
         "labels-images-of-another-size",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_img.npy",
-        array("taught/task1_img.npy", images(5, 3, 16, 16)),
+        LABELS,
+        "labels/task1_img.npy",
+        array("labels/task1_img.npy", images(5, 3, 16, 16)),
     ),
     (
         "labels-images-channels-last",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_img.npy",
-        array("taught/task1_img.npy", images(5, 32, 32, 3)),
+        LABELS,
+        "labels/task1_img.npy",
+        array("labels/task1_img.npy", images(5, 32, 32, 3)),
     ),
     (
         "labels-images-of-int64",
         "main_train.py",
-        TAUGHT,
-        "taught/task1_img.npy",
-        array("taught/task1_img.npy", images(5, 3, 32, 32, dtype=np.int64)),
+        LABELS,
+        "labels/task1_img.npy",
+        array("labels/task1_img.npy", images(5, 3, 32, 32, dtype=np.int64)),
     ),
     # the report
-    ("report-of-nothing", "report.py", "", "RUN_DIR"),
-    ("report-missing", "report.py", "nowhere", "nowhere"),
-    ("report-empty-folder", "report.py", "run empty", "empty"),
-    ("report-file", "report.py", "file", "file"),
-    ("report-text", "report.py", "run", "run", text("run/results.json")),
-    ("report-cut", "report.py", "run", "run", cut("run/results.json")),
-    ("report-list", "report.py", "run", "run", text("run/results.json", "[]")),
-    ("report-folder", "report.py", "run", "run", folder("run/results.json")),
-    ("report-no-state", "report.py", "run", "run", records("states", value=[])),
-    ("report-of-another-script", "report.py", "run", "run", records("script", value="main")),
-    ("report-mean-null", "report.py", "run", "run", records("states", 0, "mean", value=None)),
+    ("report-of-nothing", "-m tools.report", "", "RUN_DIR"),
+    ("report-missing", "-m tools.report", "nowhere", "nowhere"),
+    ("report-empty-folder", "-m tools.report", "run empty", "empty"),
+    ("report-file", "-m tools.report", "file", "file"),
+    ("report-text", "-m tools.report", "run", "run", text("run/results.json")),
+    ("report-cut", "-m tools.report", "run", "run", cut("run/results.json")),
+    ("report-list", "-m tools.report", "run", "run", text("run/results.json", "[]")),
+    ("report-folder", "-m tools.report", "run", "run", folder("run/results.json")),
+    ("report-no-state", "-m tools.report", "run", "run", records("states", value=[])),
+    ("report-of-another-script", "-m tools.report", "run", "run", records("script", value="main")),
+    ("report-mean-null", "-m tools.report", "run", "run", records("states", 0, "mean", value=None)),
     (
-        "report-dense-accuracy-word",
-        "report.py",
+        "report-dense-accuracy-text",
+        "-m tools.report",
         "run",
         "run",
         records("states", 0, "dense_accuracy", value="high"),
@@ -702,18 +718,16 @@ CASES = [
 
 
 def tree():
-    """All that lies in the folder: path -> bytes, or None for a folder or a lock."""
-    return {
-        str(path): path.read_bytes() if path.is_file() and path.name != ".lock" else None
-        for path in sorted(Path().rglob("*"))
-    }
+    """Everything in the folder: path -> bytes, or None for a folder."""
+    paths = sorted(Path().rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def run(scripts, script, flags):
-    """How a script ends; one that does not is ended."""
-    argv = [script, *shlex.split(BASE[script]), *shlex.split(flags)]
-    process = scripts.start(argv, cwd=Path.cwd())
-    timer = threading.Timer(LIMIT, os.kill, (process, signal.SIGKILL))
+    """How a script ends; it is killed after LIMIT seconds."""
+    argv = [*script.split(), *shlex.split(BASE[script]), *shlex.split(flags)]
+    pid = scripts.start(argv, cwd=Path.cwd())
+    timer = threading.Timer(LIMIT, os.kill, (pid, signal.SIGKILL))
     timer.start()
     ended = scripts.wait()
     timer.cancel()
@@ -721,9 +735,9 @@ def run(scripts, script, flags):
 
 
 @pytest.fixture
-def copy(sound, tmp_path, monkeypatch):
-    """Works in a copy of the sound input."""
-    shutil.copytree(sound, tmp_path / "case")
+def copy(valid, tmp_path, monkeypatch):
+    """Work in a copy of the valid input."""
+    shutil.copytree(valid, tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")
 
 
@@ -731,7 +745,7 @@ def copy(sound, tmp_path, monkeypatch):
     ("script", "flags", "named", "damage"),
     [pytest.param(*[*case[1:], None][:4], id=case[0]) for case in CASES],
 )
-def test_bad_input_is_refused(copy, scripts, script, flags, named, damage):
+def test_bad_input_is_an_error(copy, scripts, script, flags, named, damage):
     if damage:
         damage()
     before = tree()
@@ -739,33 +753,50 @@ def test_bad_input_is_refused(copy, scripts, script, flags, named, damage):
     assert "Traceback" not in ended.err
     assert ended.status == 2, ended
     assert ended.err.count("\n") == 1 and ended.err.endswith("\n"), ended.err
-    assert ended.err.startswith(f"{script}: "), ended.err
-    words = ended.err.removeprefix(f"{script}: ")
-    assert named in words
-    assert ADVICE.search(words), f"it does not say what to do: {words}"
-    if script == "dataset.py":
-        assert re.fullmatch(r"(preparing \w+ in \S+ \.\.\.\n|\S+: prepared before\n)?", ended.out)
-    else:
-        assert ended.out == ""
+    name = "report.py: " if script == "-m tools.report" else f"{script}: "
+    assert ended.err.startswith(name), ended.err
+    message = ended.err.removeprefix(name)
+    assert named in message
+    assert ADVICE.search(message), f"it does not say what to do: {message}"
+    assert (NOTICE if script == "dataset.py" else HEADER).fullmatch(ended.out) or not ended.out
     assert tree() == before
 
 
+NOT_TEST = ("train", "val", "save_100")
+
+
 @pytest.mark.parametrize(
-    ("script", "flags"),
+    ("script", "flags", "damage"),
     [
-        ("main_TD.py", ""),
-        ("main_BU.py", SET),
-        ("main_CIL.py", PUBLISHED),
-        ("main_CIL.py", DONE),
-        ("main_train.py", TAUGHT),
-        ("main_train.py", "--weight pruned.pt --mask pruned.pt --state 1"),
-        ("test.py", "--pretrained dense.pt --state 3"),
-        ("test.py", "--pretrained pruned.pt --pruned --state 3"),
-        ("dataset.py", "--data set"),
-        ("report.py", "run"),
+        ("main_TD.py", "", None),
+        ("main_TD.py", "--percent 0", None),
+        ("main_BU.py", SET, None),
+        ("main_CIL.py", PUBLISHED, None),
+        ("main_CIL.py", DONE, None),
+        ("main_train.py", LABELS, None),
+        ("main_train.py", "--weight pruned.pt --mask pruned.pt --state 1", None),
+        ("test.py", "--pretrained dense.pt --state 3", None),
+        ("test.py", "--pretrained pruned.pt --pruned --state 3", None),
+        ("dataset.py", "--data set", None),
+        ("-m tools.report", "run", None),
+        # without the files that a script does not need
+        ("main_train.py", f"{SET} {LABELS}", remove("set/cifar10_pool.npy")),
+        ("main_train.py", f"{PUBLISHED} {LABELS}", remove("published/cifar10_80m_150k.pkl")),
+        (
+            "test.py",
+            f"{SET} --pretrained dense.pt",
+            remove("set/cifar10_pool.npy", *(f"set/cifar10_{n}.npz" for n in NOT_TEST)),
+        ),
+        (
+            "test.py",
+            f"{PUBLISHED} --pretrained dense.pt",
+            remove(*(f"published/cifar10_{n}.pkl" for n in (*NOT_TEST, "80m_150k"))),
+        ),
     ],
 )
-def test_the_same_input_undamaged_is_taken(copy, scripts, script, flags):
-    """Else a case could be refused for a reason that is not its own."""
+def test_valid_input_is_accepted(copy, scripts, script, flags, damage):
+    """Otherwise a case above could fail for another reason than its own."""
+    if damage:
+        damage()
     ended = run(scripts, script, flags)
     assert (ended.status, ended.err) == (0, "")

@@ -58,7 +58,7 @@ def test_training_steps(pair):
     assert_same_state(ours, plain)
     batches = [(torch.randn(n, 3, 16, 16).double(), torch.randint(4, (n,))) for n in (6, 2, 4)]
     batches.append((torch.randn(6, 3, 16, 16).double(), *torch.randn(2, 6, 4).double()))
-    loss = trainer.kd_loss(ours, 3, 6, *batches)
+    loss = trainer.kd_loss(ours, 3, 6, batches)
     bench.descend(optimizer, loss)
     expected = published.kd_step(plain, plain_optimizer, 3, 6, *batches)
     assert expected == pytest.approx(loss.item(), 1e-9)

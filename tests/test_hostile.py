@@ -1,7 +1,7 @@
-"""Hostile and broken files at every door by which a file comes in, by the real command lines.
+"""Hostile and damaged files at each input of the scripts, by the real command lines.
 
-Each is refused: exit status 2, one line that names the file, no traceback; nothing is done, nothing
-written, little memory taken. KINDS holds, for each door, the kinds of file that are tried there.
+Each is rejected: exit status 2, one line that names the file, no traceback; nothing is run or
+written, and little memory used. KINDS lists the kinds of file that are tried at each input.
 """
 
 import contextlib
@@ -29,44 +29,45 @@ from test_checkpoints import PLAIN, call, hostile_file, hostile_pickle, npy, red
 from torch import nn
 
 import pruning_utils
-from models import ResNet
+from models import ResNet18
 
-PETA = 10**15  # no machine has memory for so many of anything
+PETA = 10**15  # more bytes than any machine has memory
 
-# ------------------------------------------------------------------------------ doors
+# ------------------------------------------------------------------------------ inputs
 
 
-class Door(NamedTuple):
+class Input(NamedTuple):
     command: str
-    path: str  # the file, beside sound ones; told as 'a/b' or 'a: ... b'
-    also: str = ""  # words that name the file as well as its path does
+    path: str  # the file, beside intact ones; errors name it as 'a/b' or 'a: ... b'
+    also: str = ""  # text that names the file as well as its path does
 
 
-ONE_EPOCH = "--width 4 --epochs 1 --batch_size 48 --device cpu"
-DIGITS = f"--dataset digits --classifiers 2 --state 2 {ONE_EPOCH}"
+NETWORK = "--width 4 --batch_size 48 --device cpu"
+DIGITS = f"--dataset digits --classifiers 2 --state 2 {NETWORK}"
 TRAIN = (
-    f"main_train.py --weight weight.pt --mask mask.pt --save_data_path soft --save_dir out {DIGITS}"
+    f"main_train.py --weight weight.pt --mask mask.pt --save_data_path soft --save_dir out "
+    f"--epochs 1 {DIGITS}"
 )
-CIL = f"main_CIL.py --classifiers 1 --save_dir out {ONE_EPOCH} --data"
+CIL = f"main_CIL.py --classifiers 1 --save_dir out --epochs 1 {NETWORK} --data"
 
-DOORS = {
-    "pretrained": Door(f"test.py --pretrained weight.pt {DIGITS}", "weight.pt"),
-    "weight": Door(TRAIN, "weight.pt"),
-    "mask": Door(TRAIN, "mask.pt"),
-    "img": Door(TRAIN, "soft/task1_img.npy"),
-    "dis_label": Door(TRAIN, "soft/task1_dis_label.npy"),
-    "dis_label_main": Door(TRAIN, "soft/task1_dis_label_main.npy"),
-    "pool": Door(f"{CIL} prepared", "prepared/cifar10_pool.npy"),
-    "unlabeled": Door("dataset.py --data out --raw raw --unlabeled pool.npy", "pool.npy"),
-    "meta": Door(f"{CIL} prepared", "prepared/meta.json", "prepared: holds "),
-    "published_pool": Door(f"{CIL} published", "published/cifar10_80m_150k.pkl"),
-    "results": Door("report.py run --out out", "run/results.json"),
+INPUTS = {
+    "pretrained": Input(f"test.py --pretrained weight.pt {DIGITS}", "weight.pt"),
+    "weight": Input(TRAIN, "weight.pt"),
+    "mask": Input(TRAIN, "mask.pt"),
+    "img": Input(TRAIN, "soft/task1_img.npy"),
+    "dis_label": Input(TRAIN, "soft/task1_dis_label.npy"),
+    "dis_label_main": Input(TRAIN, "soft/task1_dis_label_main.npy"),
+    "pool": Input(f"{CIL} prepared", "prepared/cifar10_pool.npy"),
+    "unlabeled": Input("dataset.py --data out --raw raw --unlabeled pool.npy", "pool.npy"),
+    "meta": Input(f"{CIL} prepared", "prepared/meta.json", "prepared: holds "),
+    "published_pool": Input(f"{CIL} published", "published/cifar10_80m_150k.pkl"),
+    "results": Input("-m tools.report run --out out", "run/results.json"),
 }
 PARTS = {"train": "train", "val": "val", "test": "test", "save_100": "exemplars"}
 for file, part in PARTS.items():
     for folder, suffix in (("prepared", "npz"), ("published", "pkl")):
         path = f"{folder}/cifar10_{file}.{suffix}"
-        DOORS[f"{folder}_{part}"] = Door(f"{CIL} {folder}", path, f"{folder}: {part}")
+        INPUTS[f"{folder}_{part}"] = Input(f"{CIL} {folder}", path, f"{folder}: {part}")
 
 RUN = {
     "script": "main_CIL",
@@ -84,13 +85,13 @@ def images(n):
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A folder with a sound file for each door."""
-    folder = tmp_path_factory.mktemp("sound")
+def intact(tmp_path_factory):
+    """A folder with an intact file for each input."""
+    folder = tmp_path_factory.mktemp("intact")
     for name in ("soft", "prepared", "published", "raw", "run"):
         (folder / name).mkdir()
     torch.manual_seed(0)
-    model = ResNet(2, 2, width=4)
+    model = ResNet18(2, 2, width=4)
     torch.save(model.state_dict(), folder / "weight.pt")
     pruning_utils.save_masks(folder / "mask.pt", pruning_utils.masks_of(model))
     np.save(folder / "soft/task1_img.npy", np.zeros((5, 3, 32, 32), np.float32))
@@ -113,7 +114,7 @@ def sound(tmp_path_factory):
 
 
 def put(value):
-    """The opcodes that put a plain value on the stack."""
+    """The opcodes that push a plain value."""
     return pickletools.optimize(pickle.dumps(value, 2))[2:-1]
 
 
@@ -122,8 +123,8 @@ def named(module, name):
 
 
 def dotted(module, name):
-    """The same with STACK_GLOBAL, which goes on into attributes: ('os', 'path.join')."""
-    return b"".join(b"\x8c%c%s" % (len(word), word.encode()) for word in (module, name)) + b"\x93"
+    """The same with STACK_GLOBAL, which also reaches attributes: ('os', 'path.join')."""
+    return b"".join(b"\x8c%c%s" % (len(part), part.encode()) for part in (module, name)) + b"\x93"
 
 
 def shell(marker):
@@ -159,12 +160,12 @@ def by_attrgetter(marker):
 def by_ctypes(marker):
     library = dotted("numpy.ctypeslib", "ctypes.CDLL") + b"N\x85R"
     system = named("builtins", "getattr") + library + put("system") + b"\x86R"
-    words = shell(marker).encode()
-    return b"\x80\x04" + system + b"B" + len(words).to_bytes(4, "little") + words + b"\x85R."
+    command = shell(marker).encode()
+    return b"\x80\x04" + system + b"B" + len(command).to_bytes(4, "little") + command + b"\x85R."
 
 
 def by_state(marker):
-    """One state makes an attribute of what is called with the next."""
+    """The first state sets __setstate__, which the second state then calls."""
     made = named("collections", "OrderedDict") + b")R}" + put("__setstate__") + SYSTEM + b"sb"
     return b"\x80\x02" + made + put(shell(marker)) + b"b."
 
@@ -211,13 +212,13 @@ PAYLOADS = {kind: functools.partial(hostile_pickle, kind) for kind in OWN} | {
     "EXT1": lambda m: b"\x80\x02\x82\xf0" + put(shell(m)) + b"\x85R.",
 }
 
-# where none is unpickled at all, these stand for all
+# a sample, for inputs at which nothing is unpickled
 FEW = ("os.system", "builtins.eval", "nested", "numpy.load", "protocol_0")
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
-def test_a_payload_works_where_it_is_unpickled(tmp_path, kind):
-    """Else the tests below would show nothing."""
+def test_a_payload_is_harmful_when_unpickled(tmp_path, kind):
+    """Otherwise the tests below would show nothing."""
     marker = tmp_path / "marker"
     copyreg.add_extension("os", "system", 0xF0)
     with contextlib.suppress(Exception):
@@ -230,19 +231,19 @@ def test_a_payload_works_where_it_is_unpickled(tmp_path, kind):
 
 # ------------------------------------------------------------------------------ kinds of file
 
-# Each makes the bytes of a file (None: a folder) for a case: its marker, the door's sound file.
-BROKEN = {
+# Each returns the bytes of a file (None: a folder) for a case: its marker, the intact file.
+DAMAGED = {
     "empty": lambda case: b"",
     "text": lambda case: b"loss 0.3\naccuracy 90\n",
     "folder": lambda case: None,
-    "cut_at_10": lambda case: case.sound[:10],
-    "cut_in_half": lambda case: case.sound[: len(case.sound) // 2],
-    "cut_last_byte": lambda case: case.sound[:-1],
+    "cut_at_10": lambda case: case.intact[:10],
+    "cut_in_half": lambda case: case.intact[: len(case.intact) // 2],
+    "cut_last_byte": lambda case: case.intact[:-1],
 }
 
 
 def hostile(form, kinds=PAYLOADS):
-    """Payloads in a form of file, which is a function from a pickle to bytes."""
+    """Payloads in a file format; form: a function from a pickle to the bytes of a file."""
     return {
         f"{kind}_{form.__name__}": lambda case, make=PAYLOADS[kind]: form(make(case.marker))
         for kind in kinds
@@ -253,7 +254,7 @@ def zipped(members, **options):
     """members: (name, bytes) pairs."""
     file = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", **options) as archive:
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # about a name that occurs twice
         for member in members:
             archive.writestr(*member)
     return file.getvalue()
@@ -283,12 +284,12 @@ def flipped(data, at):
 
 
 def memo_bomb(case):
-    """Nine bytes that make the C unpickler fill 4 GiB: what it keeps has a place far away."""
+    """Nine bytes that make the unpickler in C fill 4 GiB: a memo entry with a huge index."""
     return b"\x80\x02}r" + (2**28).to_bytes(4, "little") + b"."
 
 
 def method_bomb(content):
-    """An OrderedDict whose methods are attributes of its own, and numbers."""
+    """An OrderedDict whose attributes hide its methods; they are numbers."""
     items = b"".join(put(key) + value for key, value in content)
     attributes = dict.fromkeys(("get", "items", "keys", "values"), 3)
     made = named("collections", "OrderedDict") + b")R(" + items + b"u" + put(attributes) + b"b"
@@ -317,7 +318,7 @@ def in_legacy(payload):
 
 
 def first(change, **options):
-    """The sound checkpoint, but with its first tensor, conv1's weight or mask, changed."""
+    """The intact checkpoint with its first tensor, the weight or mask of conv1, changed."""
 
     def make(case):
         key = next(iter(case.state))
@@ -327,7 +328,7 @@ def first(change, **options):
 
 
 def edited(old, new, change=lambda tensor: tensor[:1].clone(), zip=True):
-    """As `first`, and then bytes of the pickle replaced; by default the tensor has 27 values."""
+    """As `first`, then with bytes of the pickle replaced; by default the tensor has 27 values."""
 
     def make(case):
         data = first(change, zip=zip)(case)
@@ -343,7 +344,7 @@ def edited(old, new, change=lambda tensor: tensor[:1].clone(), zip=True):
 
 
 def legacy_parts(case):
-    """A legacy checkpoint: its pickles up to the storages' keys, the keys, the storages."""
+    """A legacy checkpoint in parts: its first pickles, the keys of its storages, the storages."""
     data = saved(case.state, zip=False)
     file, ends = io.BytesIO(data), []
     for _ in range(5):
@@ -353,7 +354,7 @@ def legacy_parts(case):
 
 
 def legacy_keys(choose):
-    """Storages that the file does not fill: their memory would hold what was there before."""
+    """A legacy checkpoint without the values of some storages, which then hold old memory."""
 
     def make(case):
         start, keys, storages = legacy_parts(case)
@@ -363,12 +364,12 @@ def legacy_keys(choose):
 
 
 def source_check(case):
-    """A class that says it keeps patches of its source: torch.load writes one, called `marker`."""
+    """A class that claims to dump patches of its source: torch.load writes one, named `marker`."""
     marked = {"dump_patches": True, "__name__": str(case.marker)}
     function = named("torch._utils", "_rebuild_tensor_v2")
     made = function + b"N" + put(marked) + b"\x86bq\x09"
     return in_legacy(
-        b"\x80\x02" + made + b"(" + put("module") + b"h\x09" + put("file") + put("words") + b"tQ."
+        b"\x80\x02" + made + b"(" + put("module") + b"h\x09" + put("file") + put("source") + b"tQ."
     )
 
 
@@ -385,7 +386,7 @@ def persistent(opcodes):
 
 
 def with_key(key):
-    """The sound checkpoint with one more tensor."""
+    """The intact checkpoint with one more tensor."""
 
     def make(case):
         ending = next(iter(case.state)).removeprefix("conv1")
@@ -395,12 +396,12 @@ def with_key(key):
 
 
 def with_member(name):
-    return lambda case: zipped([*members(case.sound), (name, bytes(100))])
+    return lambda case: zipped([*members(case.intact), (name, bytes(100))])
 
 
-SHAPE = b"(K\x01K\x03K\x03K\x03t"  # of the 27 values; the network has 4x3x3x3 = 108 = 0x6c
+SHAPE = b"(K\x01K\x03K\x03K\x03t"  # of 27 values; the network has 4x3x3x3 = 108 = 0x6c
 CHECKPOINTS = {
-    **BROKEN,
+    **DAMAGED,
     **hostile(in_zip),
     **hostile(in_legacy, FEW),
     **{
@@ -419,9 +420,9 @@ CHECKPOINTS = {
     "persistent_dict": persistent(b"}Q"),
     "persistent_empty": persistent(b")Q"),
     "persistent_module": persistent(put(("module", None, "", "")) + b"Q"),
-    "persistent_no_type": persistent(put(("storage", "words", "0", "cpu", 4)) + b"Q"),
+    "persistent_no_type": persistent(put(("storage", "text", "0", "cpu", 4)) + b"Q"),
     "persistent_short": persistent(put(("storage",)) + b"Q"),
-    # tensors that are none of a network
+    # tensors that do not fit the network
     "nan": first(lambda t: torch.full_like(t, torch.nan)),
     "infinite": first(lambda t: torch.full_like(t, -torch.inf)),
     "one_nan_legacy": first(lambda t: t.index_fill(0, torch.tensor(1), torch.nan), zip=False),
@@ -433,7 +434,7 @@ CHECKPOINTS = {
     "scalar": first(lambda t: t[0, 0, 0, 0]),
     "no_values": first(lambda t: t[:0]),
     "sparse": first(lambda t: t.to_sparse()),
-    "quantised": first(lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8)),
+    "quantized": first(lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8)),
     "meta": first(lambda t: t.to("meta")),
     "subclass": first(lambda t: t.as_subclass(Subclass)),
     "nested_tensor": first(lambda t: torch.nested.nested_tensor(list(t))),
@@ -453,13 +454,17 @@ CHECKPOINTS = {
     ),
     "unfilled_legacy": legacy_keys(lambda keys: []),
     "last_unfilled_legacy": legacy_keys(lambda keys: keys[:-1]),
+    "unfilled_legacy_before_an_archive": lambda case: (
+        legacy_keys(lambda keys: [])(case) + case.intact
+    ),
     # archives
     "flipped_bit": lambda case: flipped(
-        case.sound, case.sound.index(next(iter(case.state.values())).numpy().tobytes()) + 2
+        case.intact, case.intact.index(next(iter(case.state.values())).numpy().tobytes()) + 2
     ),
-    "deflated": lambda case: zipped(members(case.sound), compression=zipfile.ZIP_DEFLATED),
-    "bomb": lambda case: bomb(case.sound, "archive/data/0"),
-    "member_twice": lambda case: zipped([*members(case.sound), members(case.sound)[0]]),
+    "deflated": lambda case: zipped(members(case.intact), compression=zipfile.ZIP_DEFLATED),
+    "bomb": lambda case: bomb(case.intact, "archive/data/0"),
+    "bomb_before_an_archive": lambda case: bomb(case.intact, "archive/data/0") + case.intact,
+    "member_twice": lambda case: zipped([*members(case.intact), members(case.intact)[0]]),
     "member_outside": with_member("../../outside"),
     "member_absolute": with_member("/tmp/outside"),
     # pickles
@@ -468,7 +473,7 @@ CHECKPOINTS = {
     "methods": lambda case: in_zip(method_bomb([("conv1.weight", b"N")])),
     "deep": lambda case: in_zip(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),
     "of_itself": lambda case: in_zip(b"\x80\x02}q\x00" + put("state_dict") + b"h\x00s."),
-    # names that would be told to the terminal
+    # names that would reach the terminal
     "key_of_lines": with_key("two\nlines"),
     "key_of_escapes": with_key("\x1b[2J\x1b[31m"),
     "key_of_a_million": with_key("k" * 10**6),
@@ -497,11 +502,11 @@ def as_objects(payload):
 
 
 def array(change):
-    """The sound array, changed."""
+    """The intact array, changed."""
 
     def make(case):
         file = io.BytesIO()
-        np.save(file, change(np.load(io.BytesIO(case.sound))))
+        np.save(file, change(np.load(io.BytesIO(case.intact))))
         return file.getvalue()
 
     return make
@@ -524,14 +529,14 @@ HEADERS = {
     "code": with_header("__import__('os').system('echo > marker')"),
     "deep": with_header("(" * 9000),
     "header_of_4_GiB": lambda case: b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
-    "version_9": lambda case: b"\x93NUMPY\x09\x00" + case.sound[8:],
+    "version_9": lambda case: b"\x93NUMPY\x09\x00" + case.intact[8:],
 }
 ARRAYS = {
-    **BROKEN,
+    **DAMAGED,
     **HEADERS,
     **hostile(as_pickle, FEW),
     **hostile(as_objects, FEW),
-    "archive": lambda case: zipped([("array.npy", case.sound)]),
+    "archive": lambda case: zipped([("array.npy", case.intact)]),
     "bomb": lambda case: bomb(zipped([]), "array.npy"),
     **{
         np.dtype(dtype).name: array(lambda a, dtype=dtype: a.astype(dtype))
@@ -547,7 +552,7 @@ NOT_FINITE = {  # soft labels and published images are floats
 
 
 def as_member(payload):
-    """An archive whose members are pickles and no arrays."""
+    """An archive whose members are pickles instead of arrays."""
     return zipped([("9", payload), ("8", payload)])
 
 
@@ -556,33 +561,33 @@ def as_object_members(payload):
 
 
 def ninth(make):
-    """The sound archive, with what `make` makes as its member 9."""
+    """The intact archive with the result of `make` as its member 9."""
 
     def make_archive(case):
-        sound = dict(members(case.sound))
-        inner = SimpleNamespace(**vars(case) | {"sound": sound["9.npy"]})
-        return zipped((sound | {"9.npy": make(inner)}).items())
+        arrays = dict(members(case.intact))
+        inner = SimpleNamespace(**vars(case) | {"intact": arrays["9.npy"]})
+        return zipped((arrays | {"9.npy": make(inner)}).items())
 
     return make_archive
 
 
 def one_more(name):
     def make(case):
-        sound = members(case.sound)
-        return zipped([*sound, (name, sound[0][1])])
+        arrays = members(case.intact)
+        return zipped([*arrays, (name, arrays[0][1])])
 
     return make
 
 
 ARCHIVES = {
-    **BROKEN,
+    **DAMAGED,
     **{kind: ninth(make) for kind, make in HEADERS.items()},
     **hostile(as_pickle, FEW),
     **hostile(as_member, FEW),
     **hostile(as_object_members, FEW),
-    "single_array": lambda case: members(case.sound)[0][1],
-    "bomb": lambda case: bomb(case.sound, "9.npy", npy(PLAIN % f"{2**28},", b"")),
-    "flipped_bit": lambda case: flipped(case.sound, case.sound.index(images(7).tobytes())),
+    "single_array": lambda case: members(case.intact)[0][1],
+    "bomb": lambda case: bomb(case.intact, "9.npy", npy(PLAIN % f"{2**28},", b"")),
+    "flipped_bit": lambda case: flipped(case.intact, case.intact.index(images(7).tobytes())),
     "member_twice": one_more("9.npy"),
     "same_class_twice": one_more("09.npy"),
     "member_outside": one_more("../../9.npy"),
@@ -594,7 +599,7 @@ ARCHIVES = {
 
 
 def forged(kind, flags, content, itemsize=-1, **state):
-    """An array or scalar whose dtype's state says what is not so."""
+    """An array or scalar with a false state of its dtype."""
     fields = state.get("fields")
     names = tuple(fields) if fields else None
     state = (3, "|", state.get("subarray"), names, fields, itemsize, 1, flags)
@@ -607,10 +612,10 @@ def forged(kind, flags, content, itemsize=-1, **state):
 
 
 def within(value):
-    """The sound pickle, with `value`, which may be a case's, as its class 9 or pool."""
+    """The intact pickle with `value` as its class 9 or pool."""
 
     def make(case):
-        content = pickle.loads(case.sound)
+        content = pickle.loads(case.intact)
         return pickle.dumps(content | {"data" if "data" in content else 9: value}, 4)
 
     return make
@@ -627,7 +632,7 @@ def raw(opcodes):
 
 
 PICKLES = {
-    **BROKEN,
+    **DAMAGED,
     **hostile(as_pickle),
     "objects_of_bytes": within(reduced(np.ndarray, ((1,), np.dtype("O"), bytes(8)))),
     "array_over_bytes": within(reduced(np.ndarray, ((9, 12, 12, 3), np.dtype("u1"), bytes(3888)))),
@@ -671,29 +676,29 @@ def deep(case):
 
 
 def result(*path_and_value):
-    """The sound results with one value changed: (key, ..., key, value)."""
+    """The intact results with one value changed: (key, ..., key, value)."""
 
     def make(case):
         *path, last, value = path_and_value
-        content = json.loads(case.sound)
-        place = functools.reduce(lambda inner, key: inner[key], path, content)
-        place[last] = value
+        content = json.loads(case.intact)
+        inner = functools.reduce(lambda inner, key: inner[key], path, content)
+        inner[last] = value
         return json.dumps(content).encode()
 
     return make
 
 
 def value(text):
-    """The sound results with `text` as the first mean."""
-    return lambda case: case.sound.replace(b'"mean": 90.0', b'"mean": ' + text, 1)
+    """The intact results with `text` as the first mean."""
+    return lambda case: case.intact.replace(b'"mean": 90.0', b'"mean": ' + text, 1)
 
 
 RESULTS = {
-    **BROKEN,
+    **DAMAGED,
     **hostile(as_pickle, FEW),
     "deep": deep,
     "deep_inside": value(b"[" * 10**5 + b"]" * 10**5),
-    "not_utf8": lambda case: case.sound.replace(b"digits", b"\xff\xfe"),
+    "not_utf8": lambda case: case.intact.replace(b"digits", b"\xff\xfe"),
     "list": lambda case: b"[1, 2]",
     "null": lambda case: b"null",
     "nan": value(b"NaN"),
@@ -722,7 +727,6 @@ RESULTS = {
     "text_tasks": result("config", "classifiers", "two"),
     "float_tasks": result("config", "classifiers", 2.5),
     "null_config": result("config", None),
-    "formula_that_is_none": result("config", "dataset", "$\\frac$"),
     "escapes": result("script", "\x1b[2J"),
     "bottom_up_without_dense": result("script", "main_BU"),
 }
@@ -733,10 +737,10 @@ def meta(**changed):
 
 
 METAS = {
-    **BROKEN,
+    **DAMAGED,
     **hostile(as_pickle, FEW),
     "deep": deep,
-    "not_utf8": lambda case: case.sound.replace(b"class 9", b"\xff\xfe"),
+    "not_utf8": lambda case: case.intact.replace(b"class 9", b"\xff\xfe"),
     "list": lambda case: b"[1, 2]",
     "null": lambda case: b"null",
     "no_dataset": lambda case: b'{"names": {}}',
@@ -758,24 +762,25 @@ METAS = {
 
 TABLES = {".pt": CHECKPOINTS, ".npy": ARRAYS, ".npz": ARCHIVES, ".pkl": PICKLES}
 SOFT = ("img", "dis_label", "dis_label_main")
-KINDS = {door: TABLES.get(Path(DOORS[door].path).suffix) for door in DOORS}
+KINDS = {name: TABLES.get(Path(INPUTS[name].path).suffix) for name in INPUTS}
 KINDS |= dict.fromkeys(SOFT, ARRAYS | NOT_FINITE) | {"meta": METAS, "results": RESULTS}
-# Doors whose files are read by the same lines share the kinds out: (first, step).
+# Inputs that are read by the same code share the kinds among them: (first, step).
 SHARES = {"weight": (0, 2), "dis_label": (0, 3), "dis_label_main": (1, 3), "unlabeled": (2, 3)}
 for start, part in enumerate(PARTS.values()):
     SHARES |= {f"prepared_{part}": (start % 3, 3), f"published_{part}": (start % 3, 3)}
 CASES = []
-for door, kinds in KINDS.items():
-    start, step = SHARES.get(door, (0, 1))
-    CASES += [(door, kind) for kind in list(kinds)[start::step]]
+for name, kinds in KINDS.items():
+    start, step = SHARES.get(name, (0, 1))
+    CASES += [(name, kind) for kind in list(kinds)[start::step]]
 
 
 @pytest.fixture(scope="module")
 def limited(scripts):
-    """The scripts, each with 1 GiB at most beyond what importing takes; where that can be set."""
+    """The scripts, where possible limited to 1 GiB of memory beyond what the imports use."""
     if not hasattr(resource, "prlimit"):
         yield scripts
         return
+    scripts.run(["test.py", "--help"], ".")  # returns after the imports
     pages = int(Path(f"/proc/{scripts.process.pid}/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2**30
     before = resource.prlimit(scripts.process.pid, resource.RLIMIT_AS, (limit, -1))
@@ -784,46 +789,47 @@ def limited(scripts):
 
 
 def content(folder):
-    """Every file below a folder, and every folder."""
+    """{path: bytes, or False for a folder} of all that is in a folder."""
     return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
-def run(scripts, door, folder):
-    return scripts.run(DOORS[door].command.split(), folder)
+def run(scripts, name, folder):
+    return scripts.run(INPUTS[name].command.split(), folder)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_sound_file_comes_in(scripts, sound, tmp_path, door):
-    """Else the tests below would show nothing."""
-    folder = shutil.copytree(sound, tmp_path / "work")
-    ended = run(scripts, door, folder)
-    if door == "unlabeled":  # the official files, which are read next, are not here
-        assert ended.status == 2 and "--raw raw: holds no sound CIFAR10" in ended.err
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_intact_file_is_accepted(scripts, intact, tmp_path, name):
+    """Otherwise the tests below would show nothing."""
+    folder = shutil.copytree(intact, tmp_path / "work")
+    ended = run(scripts, name, folder)
+    if name == "unlabeled":  # the official files, which are read next, are missing
+        assert ended.status == 2 and "--raw raw: holds no intact CIFAR10" in ended.err
     else:
         assert ended.status == 0 and not ended.err, ended
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantized|nested) tensor")
-@pytest.mark.parametrize("door, kind", CASES, ids=["-".join(case) for case in CASES])
-def test_a_hostile_file_is_refused_and_does_nothing(limited, sound, tmp_path, door, kind):
-    folder = shutil.copytree(sound, tmp_path / "work", copy_function=os.link)
-    command, path, also = DOORS[door]
+@pytest.mark.parametrize("name, kind", CASES, ids=["-".join(case) for case in CASES])
+def test_a_hostile_file_is_rejected_and_does_nothing(limited, intact, tmp_path, name, kind):
+    folder = shutil.copytree(intact, tmp_path / "work", copy_function=os.link)
+    command, path, also = INPUTS[name]
     naming = re.compile(rf"\b{Path(path).parent}: .*\b{re.escape(Path(path).name)}\b")
-    case = SimpleNamespace(marker=tmp_path / "marker", sound=(folder / path).read_bytes())
+    case = SimpleNamespace(marker=tmp_path / "marker", intact=(folder / path).read_bytes())
     if path.endswith(".pt"):
         case.state = torch.load(folder / path, weights_only=True)
-    data = KINDS[door][kind](case)
+    data = KINDS[name][kind](case)
     (folder / path).unlink()
     if data is None:
         (folder / path).mkdir()
     else:
         (folder / path).write_bytes(data)
     before = content(tmp_path)
-    ended = run(limited, door, folder)
+    ended = run(limited, name, folder)
     assert content(tmp_path) == before, ended
     assert ended.status == 2, ended
     (line,) = ended.err.splitlines()
-    assert line.startswith(command.split()[0] + ": ") and "Traceback" not in ended.out
+    script = "report.py" if command.startswith("-m") else command.split()[0]
+    assert line.startswith(script + ": ") and "Traceback" not in ended.out
     assert path in line or (also and also in line) or naming.search(line), line
     assert line.isprintable() and len(line) < 1000, line[:2000]
     if kind in ("bomb", "deflated"):
@@ -832,12 +838,22 @@ def test_a_hostile_file_is_refused_and_does_nothing(limited, sound, tmp_path, do
         assert not re.search("memory|allocate", line, re.IGNORECASE), line
 
 
+def test_a_name_that_looks_like_a_formula_is_drawn_as_text(scripts, intact, tmp_path):
+    folder = shutil.copytree(intact, tmp_path / "work")
+    path = folder / INPUTS["results"].path
+    make = result("config", "dataset", "$\\frac$")
+    path.write_bytes(make(SimpleNamespace(intact=path.read_bytes())))
+    ended = run(scripts, "results", folder)
+    assert ended.status == 0 and not ended.err, ended
+    assert r"$\frac$" in (folder / "out/report.svg").read_text()
+
+
 def test_torch_would_write_the_patch_of_a_source_check(tmp_path, monkeypatch):
-    """As for the payloads: that the file does harm where it is unpickled."""
+    """As for the payloads: loaded without protection, the file is harmful."""
     path, marker = tmp_path / "hostile.pt", tmp_path / "marker"
     path.write_bytes(source_check(SimpleNamespace(marker=marker)))
     function = FunctionType(torch._utils._rebuild_tensor_v2.__code__, vars(torch._utils))
-    monkeypatch.setattr(torch._utils, "_rebuild_tensor_v2", function)  # it is renamed
+    monkeypatch.setattr(torch._utils, "_rebuild_tensor_v2", function)  # the file renames it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.load(path, weights_only=False)

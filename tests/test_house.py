@@ -80,24 +80,22 @@ def test_links_resolve(page):
 
 
 def commands():
-    """(page, command line) of every python command of ours that a page or docstring shows."""
-    texts = {page: page.read_text() for page in PAGES}
-    for path in [*map(ROOT.joinpath, [f"{name}.py" for name in (*SCRIPTS, "dataset")])]:
-        texts[path] = ast.get_docstring(ast.parse(path.read_text()))
-    for path in ROOT.glob("tools/*.py"):
-        texts[path] = ast.get_docstring(ast.parse(path.read_text())) or ""
-    for page, text in texts.items():
+    """(module, arguments) of every python command of ours that a page or docstring shows."""
+    sources = [ROOT / f"{name}.py" for name in (*SCRIPTS, "dataset")] + [*ROOT.glob("tools/*.py")]
+    texts = [page.read_text() for page in PAGES]
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sources]
+    for text in texts:
         text = re.sub(r"\\\n\s*", " ", text)  # continued lines
-        shell = dict(re.findall(r"^\s*([A-Z]+)=(\S+)$", text, re.MULTILINE))
+        for name, value in re.findall(r"^\s*([A-Z]+)=(\S+)$", text, re.MULTILINE):
+            text = re.sub(rf"\${name}\b", value, text)
         for line in re.findall(r"(?:^\s*|`)(python (?:-m )?[^`\n]*)", text, re.MULTILINE):
-            line = re.sub(r"\$\{?([A-Z]+)\}?", lambda m: shell.get(m[1], m[0]), line)
             words = shlex.split(re.split(r"\s#|  +(?=[A-Za-z])", line)[0])[1:]
             module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
             if module in (*SCRIPTS, "dataset") or module.startswith("tools."):
                 yield pytest.param(module, words[2 if words[0] == "-m" else 1 :], id=line[:70])
 
 
-@pytest.mark.parametrize("module, argv", commands())
+@pytest.mark.parametrize("module, argv", list(commands()))
 def test_command_lines_parse(module, argv, monkeypatch):
     class Parsed(Exception):
         pass
@@ -134,12 +132,11 @@ def test_extensions_work_as_documented(number, tmp_path):
     assert len(diffs) == len(EXTENSIONS)
     assert len(diffs[number].splitlines()) <= 30
     copy = tmp_path / "copy"
-    rooms = ("models", "datasets", "runtime", "data")
-    for room in rooms:
-        skip = shutil.ignore_patterns("__pycache__", "raw", "cifar*", "tiny*", "small")
-        shutil.copytree(ROOT / room, copy / room, ignore=skip)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, copy)
+    for room in ("models", "datasets", "runtime"):
+        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "data").mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "data/digits.npz"]:
+        shutil.copy(path, copy / path.relative_to(ROOT))
     apply = ["git", "apply", "-p1", "-"]
     subprocess.run(apply, cwd=copy, input=diffs[number], text=True, check=True)
     command = [sys.executable, *EXTENSIONS[number].split()]

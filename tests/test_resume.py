@@ -1,6 +1,6 @@
-"""Runs that are killed, stopped, damaged, short of room or given twice, in processes of their own.
+"""Runs that are killed, stopped, damaged, short of disk space or given twice, in real processes.
 
-What must come out is what the undisturbed run leaves, byte for byte (soak.outcome).
+Each must end with the files of the uninterrupted run, byte for byte (soak.outcome).
 """
 
 import fcntl
@@ -25,100 +25,108 @@ import soak
 import torch
 
 import pruning_utils
-import run as run_module
 import trainer
-import utils
-from run import Run
+from models import build_model
+from runtime import process
+from runtime.checkpoint import load_checkpoint
+from runtime.errors import UserError
+from runtime.run import Run, json_checksum
 
 ROOT = Path(__file__).parent.parent
 TD = soak.COMMANDS["TD"].split()
 
 
 @pytest.fixture(scope="module")
-def whole(scripts, tmp_path_factory):
-    """A folder with the undisturbed run of each script, and the seconds that each took."""
-    folder = tmp_path_factory.mktemp("whole")
+def reference(scripts, tmp_path_factory):
+    """A folder with the uninterrupted run of each script, and the seconds that each took."""
+    folder = tmp_path_factory.mktemp("reference")
     seconds = {
-        name: soak.undisturbed(scripts, command, folder / name)
+        name: soak.uninterrupted(scripts, command, folder / name)
         for name, command in soak.COMMANDS.items()
     }
     return folder, seconds
 
 
 @pytest.fixture
-def finished(whole, tmp_path):
-    """A copy of the finished run of main_TD; the folder to start it in."""
-    shutil.copytree(whole[0] / "TD", tmp_path / "TD")
+def finished(reference, tmp_path):
+    """A copy of the finished run of main_TD: the folder in which it was started."""
+    shutil.copytree(reference[0] / "TD", tmp_path / "TD")
     return tmp_path / "TD"
 
 
-def wait_until(true):
-    limit = time.monotonic() + 60
-    while not true():
+def wait_until(condition):
+    limit = time.monotonic() + 120
+    while not condition():
         assert time.monotonic() < limit
         time.sleep(0.001)
 
 
 def in_task(folder, t):
-    """Whether a run is at its training of task t."""
+    """Whether a run is training task t."""
     return (folder / "run" / f"task{t}_progress.pt").exists()
 
 
-def refused(ended, *words):
-    """One clear line and status 2; returns the line."""
+def check_error(ended, *fragments):
+    """Check for status 2 and one line on stderr with all fragments; returns the line."""
     assert ended.status == 2, ended
     (line,) = ended.err.splitlines()
-    assert all(word in line for word in words), line
+    assert all(each in line for each in fragments), line
     return line
 
 
 def assert_same_but_for(flag, folder, other):
-    """The files of two runs are the same, a flag in their configurations aside."""
-    found, wanted = soak.outcome(folder), soak.outcome(other)
-    for each in (found, wanted):
+    """Check that the files of two runs are equal, except for a flag in their configurations."""
+    found, expected = soak.outcome(folder), soak.outcome(other)
+    for each in (found, expected):
         for name in ("run.json", "results.json"):
             each[name]["config"].pop(flag, None)
-    assert found == wanted
+    assert found == expected
 
 
 # ------------------------------------------------------------------------------ killed
 
 
 @pytest.mark.parametrize("name", soak.COMMANDS)
-def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(scripts, whole, tmp_path, name):
-    folder, seconds = whole
+def test_a_run_killed_several_times_ends_as_the_uninterrupted_one(
+    scripts, reference, tmp_path, name
+):
+    folder, seconds = reference
     if name == "train":  # it works on the files of BU
         os.symlink(folder / "BU", tmp_path / "BU")
     draw, longest = random.Random(name), 0.3 + seconds[name] / 2
     killed, _ = soak.kill_until_done(
         scripts, soak.COMMANDS[name], tmp_path / name, draw, longest, kills=4
     )
-    assert killed  # else another seed is needed
+    assert killed  # otherwise another seed is needed
     assert soak.outcome(tmp_path / name) == soak.outcome(folder / name)
 
 
-def test_what_is_done_is_not_done_again_and_the_run_says_where_it_goes_on(scripts, whole, tmp_path):
+def test_finished_steps_are_kept_and_the_run_prints_where_it_resumes(scripts, reference, tmp_path):
     argv = [*TD, "--checkpoint_seconds", "0"]
-    process = scripts.start(argv, tmp_path)
+    pid = scripts.start(argv, tmp_path)
     wait_until(lambda: in_task(tmp_path, 3))
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     assert scripts.wait().status == -signal.SIGKILL
-    files = [tmp_path / "run" / f"task{t}_{name}.pt" for t in (1, 2) for name in ("best_model",)]
+    assert "finished" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    files = [tmp_path / "run" / f"task{t}_best_model.pt" for t in (1, 2)]
     before = [path.stat().st_mtime_ns for path in files]
     ended = scripts.run(argv, tmp_path)
     assert [path.stat().st_mtime_ns for path in files] == before
-    first, second = ended.out.splitlines()[:2]
-    assert first == "run: goes on after task2_ticket"
-    assert re.fullmatch("task3: goes on at epoch [12] of 2, after batch [0-9]+ of [0-9]+", second)
+    assert "  folder    run, resumes after task2_ticket\n" in ended.out
+    assert re.search(
+        "^task3: resumes at epoch [12] of 2, after batch [0-9]+ of [0-9]+$", ended.out, re.M
+    )
     assert "task1" not in ended.out and "task2:" not in ended.out
-    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+    assert soak.outcome(tmp_path) == soak.outcome(reference[0] / "TD")
 
 
 def test_a_finished_run_is_left_as_it_is(scripts, finished):
     before = soak.outcome(finished)
+    journal = json.loads((finished / "run" / "run.json").read_text())
+    assert journal["finished"] is True and journal["command"] == TD[1:]
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
     ended = scripts.run(TD, finished)
-    assert ended.status == 0 and "goes on after result_test" in ended.out
+    assert ended.status == 0 and "resumes after result_test" in ended.out
     assert soak.outcome(finished) == before
     assert files == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
 
@@ -127,110 +135,156 @@ def test_a_finished_run_is_left_as_it_is(scripts, finished):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stores_the_step_and_ends_the_run(scripts, whole, tmp_path, signum):
-    process = scripts.start(TD, tmp_path)
+def test_a_signal_saves_the_progress_and_ends_the_run(scripts, reference, tmp_path, signum):
+    pid = scripts.start(TD, tmp_path)
     wait_until(lambda: (tmp_path / "run" / "task1_ticket.pt").exists())
     time.sleep(0.2)  # in the training of task 2
-    began = time.monotonic()
-    os.kill(process, signum)
+    start = time.monotonic()
+    os.kill(pid, signum)
     ended = scripts.wait()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 10
     assert ended.status == 128 + signum
     (line,) = ended.err.splitlines()
     assert re.fullmatch(
-        f"main_TD.py: stopped by {signum.name}(, task2 is stored at epoch . of 2, after batch "
-        f"[0-9]+ of [0-9]+)?; give the same command again to go on",
+        f"main_TD.py: stopped by {signum.name}(, task2 is saved at epoch . of 2, after batch "
+        f"[0-9]+ of [0-9]+)?; give the same command to resume",
         line,
     )
-    assert in_task(tmp_path, 2) == ("stored" in line)
+    assert in_task(tmp_path, 2) == ("saved" in line)
     assert scripts.run(TD, tmp_path).status == 0
-    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+    assert soak.outcome(tmp_path) == soak.outcome(reference[0] / "TD")
 
 
-def left_at(args, data, folder, monkeypatch, stop):
-    """A loop of task 2, stopped at the stop-th moment at which a signal counts (None: never).
+def stopped_and_resumed(args, data, folder, monkeypatch, stop):
+    """Train task 2, stop at the stop-th check for signals (None: never), and resume in a new run.
 
-    Then it is gone through again, in a run that finds what the first left. Two prunings with one
-    optimizer come before it, as in main_TD. Returns the state and the momentum at the end.
+    Two prunings with one optimizer come before it, as in main_TD. Returns the number of checks in
+    the last attempt, the model's state, the best state, the momentum and the best epoch.
     """
     args.save_dir, args.save_data_path = str(folder), str(folder / "data")
     args.epochs, args.decreasing_lr, args.iter_epochs, args.lr = 3, [1, 2], 2, 0.05
     generator = torch.Generator().manual_seed(6)
     task = trainer.make_task(data, 2, (data.pool[:12], *torch.randn(2, 12, 2, generator=generator)))
-    moments = iter(range(10**6))
+    checks = iter(range(10**6))
 
     def check_signals():
-        if next(moments) == stop:
-            raise utils.Interrupted(signal.SIGTERM)
+        if next(checks) == stop:
+            raise process.Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(utils, "check_signals", check_signals)
+    monkeypatch.setattr(trainer, "check_signals", check_signals)
     for _ in range(2):
         model = trainer.make_model(args, torch.device("cpu"))
         optimizer = trainer.make_optimizer(model, args, args.lr / 100)
         try:
-            run = Run("test", args, data, torch.device("cpu"))
+            run = Run("test", args, data, model)
             for number in (1, 2):
-                weights, masks = pruning_utils.weights(model), pruning_utils.masks_of(model)
-                pruning_utils.apply_mask(model, pruning_utils.prune(weights, masks, 0.2))
-                trainer.retrain(model, task, data, run, f"prune{number}", optimizer=optimizer)
-            found = trainer.train_task(model, task, data, run, "task2")
-        except utils.Interrupted:
+                masks, step = pruning_utils.masks_of(model), f"prune{number}"
+                pruning_utils.apply_mask(model, pruning_utils.prune_once(model, masks, args, step))
+                trainer.retrain(model, task, run, step, optimizer=optimizer)
+            trained = trainer.train_task(model, task, run, "task2")
+        except process.Interrupted:
             continue
         momentum = run.load("task2_checkpoint.pt")["optimizer"]["state"]
-        return next(moments), model.state_dict(), found.best_state, momentum, found.best_epoch
-    raise AssertionError("it did not go on")
+        return next(checks), model.state_dict(), trained.best_state, momentum, trained.best_epoch
+    raise AssertionError("it did not resume")
 
 
-def test_a_loop_stopped_at_any_moment_goes_on_to_the_same_bits(args, data, tmp_path, monkeypatch):
-    moments, *wanted = left_at(args, data, tmp_path / "whole", monkeypatch, None)
-    assert moments > 30
-    for stop in range(0, moments - 1, 2):
-        _, *found = left_at(args, data, tmp_path / str(stop), monkeypatch, stop)
-        for state, other in zip(wanted[:2], found[:2]):
+def test_a_loop_stopped_anywhere_resumes_to_the_same_bits(args, data, tmp_path, monkeypatch):
+    checks, *expected = stopped_and_resumed(args, data, tmp_path / "all", monkeypatch, None)
+    assert checks > 30
+    for stop in range(0, checks - 1, 3):
+        _, *found = stopped_and_resumed(args, data, tmp_path / str(stop), monkeypatch, stop)
+        for state, other in zip(expected[:2], found[:2]):
             assert state.keys() == other.keys()
             assert all(torch.equal(value, other[key]) for key, value in state.items()), stop
-        for key, value in wanted[2].items():
+        for key, value in expected[2].items():
             assert torch.equal(value["momentum_buffer"], found[2][key]["momentum_buffer"]), stop
-        assert wanted[3] == found[3]
+        assert expected[3] == found[3]
 
 
-def test_signals_wait_for_what_belongs_together():
+def test_held_signals_wait_for_the_check():
     def main():
-        with pytest.raises(utils.Interrupted) as end, utils.hold_signals():
+        with pytest.raises(process.Interrupted) as end, process.hold_signals():
             for signum in (signal.SIGTERM, signal.SIGINT):
-                with utils.hold_signals():
+                with process.hold_signals():
                     os.kill(os.getpid(), signum)
-                time.sleep(0.01)  # not at the end of the inner one
-            done.append("whole")
-            utils.check_signals()
-            done.append("not reached")
+                time.sleep(0.01)  # not raised at the end of the inner one
+            reached.append("the check")
+            process.check_signals()
+            reached.append("beyond it")
         return end.value.signum
 
-    done = []
+    reached = []
     before = signal.getsignal(signal.SIGTERM)
-    assert utils.run(main) == signal.SIGINT and done == ["whole"]
+    assert process.run_script(main) == signal.SIGINT and reached == ["the check"]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ------------------------------------------------------------------------------ no room
+WAITS = """
+import pathlib, time
+from runtime import process
+
+def wait(name):
+    pathlib.Path(name).touch()
+    time.sleep(100)
+
+def main():
+    with process.hold_signals():
+        {}
+
+process.run_script(main)
+"""
+SAVES = """
+        try:
+            while True:
+                pathlib.Path("started").touch()
+                time.sleep(0.01)
+                process.check_signals()
+        except process.Interrupted:
+            wait("saving")
+"""
+
+
+@pytest.mark.parametrize("code", ["wait('started')", SAVES.strip()], ids=["a batch", "saving"])
+def test_a_second_signal_of_a_kind_ends_the_process_at_once(tmp_path, code):
+    """Something hangs. A signal of the other kind waits as well."""
+    command = [sys.executable, "-c", WAITS.format(code)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as child:
+        wait_until(lambda: (tmp_path / "started").exists())
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            child.send_signal(signum)
+            if "saving" in code:
+                wait_until(lambda: (tmp_path / "saving").exists())
+            time.sleep(0.3)
+            assert child.poll() is None
+        start = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 128 + signal.SIGINT and time.monotonic() - start < 10
+        assert child.stderr.read() == b""
+
+
+# ------------------------------------------------------------------------------ a full disk
 
 
 @pytest.mark.parametrize(
     "size, name",
     [
-        (300, "run.json"),
+        (1_000, "run.json"),
         (3_000, "task0_checkpoint_weight.pt"),
         (230_000, "task1_checkpoint.pt"),
         (450_000, "task2_checkpoint.pt"),
     ],
 )
-def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(scripts, whole, tmp_path, size, name):
-    """A limit on the size of files stands in for it: `name` is the first that does not fit."""
+def test_a_full_disk_ends_the_run_and_with_room_it_resumes(
+    scripts, reference, tmp_path, size, name
+):
+    """A limit on the size of files stands in for it; `name` is the first that is too large."""
     ended = scripts.run(TD, tmp_path, limit=size)
-    refused(ended, f"run/{name}: cannot be written (File too large); make room")
+    check_error(ended, f"run/{name}: cannot be written (File too large); make room")
     assert not (tmp_path / "run" / name).exists() and not soak.half_written(tmp_path)
     assert scripts.run(TD, tmp_path).status == 0
-    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+    assert soak.outcome(tmp_path) == soak.outcome(reference[0] / "TD")
 
 
 # ------------------------------------------------------------------------------ damage
@@ -244,7 +298,7 @@ def flip(content):
 
 DAMAGES = {"flipped": flip, "cut": lambda content: content[: len(content) // 2], "gone": None}
 FILES = {
-    "task0_checkpoint_weight.pt": "initialisation",
+    "task0_checkpoint_weight.pt": "initialization",
     "task1_best_model.pt": "task1",
     "task2_checkpoint.pt": "task2",
     "task3_ticket.pt": "task3_ticket",
@@ -257,7 +311,9 @@ FILES = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_and_its_step_done_again(scripts, whole, finished, name, kind):
+def test_a_damaged_file_is_named_and_its_step_is_done_again(
+    scripts, reference, finished, name, kind
+):
     path = finished / "run" / name
     content = path.read_bytes()
     path.unlink()
@@ -265,28 +321,28 @@ def test_a_damaged_file_is_named_and_its_step_done_again(scripts, whole, finishe
         path.write_bytes(DAMAGES[kind](content))
     ended = scripts.run(TD, finished)
     assert ended.status == 0, ended
-    what = "is damaged" if DAMAGES[kind] else "is missing"
-    assert f"run/{name}: {what}, so {FILES[name]} is done again\n" in ended.out
-    assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
+    problem = "is damaged" if DAMAGES[kind] else "is missing"
+    assert f"run/{name}: {problem}, so {FILES[name]} is done again\n" in ended.out
+    assert soak.outcome(finished) == soak.outcome(reference[0] / "TD")
 
 
-def something_else(content):
+def another_checkpoint(content):
     file = io.BytesIO()
     torch.save({"epoch": 1}, file)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [flip, lambda c: c[:-50], lambda c: b"", something_else])
-def test_damaged_progress_is_named_and_the_step_begun_anew(scripts, whole, tmp_path, damage):
-    process = scripts.start([*TD, "--checkpoint_seconds", "0"], tmp_path)
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-50], lambda c: b"", another_checkpoint])
+def test_damaged_progress_is_named_and_the_step_starts_over(scripts, reference, tmp_path, damage):
+    pid = scripts.start([*TD, "--checkpoint_seconds", "0"], tmp_path)
     wait_until(lambda: in_task(tmp_path, 2))
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     scripts.wait()
     path = tmp_path / "run" / "task2_progress.pt"
     path.write_bytes(damage(path.read_bytes()))
     ended = scripts.run(TD, tmp_path)
-    assert re.search(r"run/task2_progress.pt: .*; task2 begins anew\n", ended.out)
-    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+    assert re.search(r"run/task2_progress.pt: .*; task2 starts over\n", ended.out)
+    assert soak.outcome(tmp_path) == soak.outcome(reference[0] / "TD")
 
 
 @pytest.mark.parametrize(
@@ -304,24 +360,24 @@ def test_a_damaged_journal_is_an_error_and_nothing_is_touched(scripts, finished,
     path = finished / "run" / "run.json"
     path.write_bytes(damage(path.read_bytes()))
 
-    def contents():  # but for the locks, which hold the id of the last process
+    def contents():
         files = (path for path in finished.rglob("*") if path.is_file() and path.name != ".lock")
         return {path: path.read_bytes() for path in files}
 
     before = contents()
-    refused(scripts.run(TD, finished), "run/run.json", "damaged", "--overwrite")
+    check_error(scripts.run(TD, finished), "run/run.json", "damaged", "--overwrite")
     assert contents() == before
 
 
 @pytest.mark.parametrize("name", ["results.json", "log_results.txt"])
-def test_damaged_records_are_written_anew(scripts, whole, finished, name):
+def test_damaged_records_are_written_again(scripts, reference, finished, name):
     (finished / "run" / name).write_text("{")
     assert scripts.run(TD, finished).status == 0
-    assert soak.outcome(finished) == soak.outcome(whole[0] / "TD")
+    assert soak.outcome(finished) == soak.outcome(reference[0] / "TD")
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    "name, message",
     [
         ("current_mask.pt", ""),
         ("mask-1.pt", "run/mask-1.pt: is damaged, so task1_ticket is done again\n"),
@@ -329,35 +385,34 @@ def test_damaged_records_are_written_anew(scripts, whole, finished, name):
         ("task3_prun_checkpoint.pt", "so task3_prun is done again\n"),
     ],
 )
-def test_damaged_tickets_are_made_again(scripts, whole, tmp_path, name, words):
-    """And current_mask.pt is that of the last task all the same."""
-    shutil.copytree(whole[0] / "BU", tmp_path / "BU")
+def test_damaged_tickets_are_made_again(scripts, reference, tmp_path, name, message):
+    """And current_mask.pt is still that of the last task."""
+    shutil.copytree(reference[0] / "BU", tmp_path / "BU")
     path = tmp_path / "BU" / "run" / name
     path.write_bytes(flip(path.read_bytes()))
     ended = scripts.run(soak.COMMANDS["BU"].split(), tmp_path / "BU")
-    assert ended.status == 0 and words in ended.out
-    assert soak.outcome(tmp_path / "BU") == soak.outcome(whole[0] / "BU")
+    assert ended.status == 0 and message in ended.out
+    assert soak.outcome(tmp_path / "BU") == soak.outcome(reference[0] / "BU")
 
 
-def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_it(
-    scripts, finished
-):
-    """As on another machine: here the journal is made to remember another outcome."""
+def test_another_outcome_of_a_repeated_step_is_an_error_if_others_depend_on_it(scripts, finished):
+    """As on another machine; here a checksum in the journal is changed."""
     path = finished / "run" / "run.json"
     journal = json.loads(path.read_text())
     journal.pop("checksum")
     journal["steps"]["task2"]["files"]["task2_best_model.pt"] = 64 * "0"
-    path.write_text(json.dumps(journal | {"checksum": run_module.checksum_of(journal)}))
+    path.write_text(json.dumps(journal | {"checksum": json_checksum(journal)}))
     for _ in range(2):
         ended = scripts.run(TD, finished)
-        refused(ended, "--save_dir run: task2, done again, came out otherwise", "--overwrite")
+        check_error(ended, "--save_dir run: task2, done again, has another outcome", "--overwrite")
+        assert "finished" not in json.loads(path.read_text())
 
 
 # ------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, fragments",
     [
         ("--seed 1", ["--seed 0 (now 1)"]),
         ("--lr 0.1 --epochs 3", ["--epochs 2 (now 3)", "--lr 0.01 (now 0.1)"]),
@@ -369,18 +424,22 @@ def test_a_step_that_comes_out_otherwise_is_an_error_where_others_were_built_on_
         ),
         ("--precision bf16", ["--precision fp32 (now bf16)"]),
         ("--deterministic", ["--deterministic False (now True)"]),
+        ("--criterion random", ["--criterion magnitude (now random)"]),
+        ("--arch resnet32", ["--arch resnet18 (now resnet32)"]),
     ],
 )
-def test_other_settings_are_listed_and_refused(scripts, finished, flags, words):
+def test_other_settings_are_listed_in_an_error(scripts, finished, flags, fragments):
     before = soak.outcome(finished)
-    line = refused(scripts.run([*TD, *flags.split()], finished), "--save_dir run", "--overwrite")
-    assert all(word in line for word in words) and line.count("(now") == len(words)
+    line = check_error(
+        scripts.run([*TD, *flags.split()], finished), "--save_dir run", "--overwrite"
+    )
+    assert all(each in line for each in fragments) and line.count("(now") == len(fragments)
     assert soak.outcome(finished) == before
 
 
-def test_another_script_is_refused(scripts, finished):
+def test_a_folder_of_another_script_is_an_error(scripts, finished):
     argv = f"main_CIL.py {soak.TINY}".split()
-    refused(scripts.run(argv, finished), "--save_dir run", "main_TD.py")
+    check_error(scripts.run(argv, finished), "--save_dir run", "main_TD.py")
 
 
 def test_flags_that_change_no_result_may_differ(scripts, finished):
@@ -388,125 +447,123 @@ def test_flags_that_change_no_result_may_differ(scripts, finished):
     (finished / "run").rename(moved)
     flags = "--save_dir moved --print_freq 3 --gpu 1 --device cpu --checkpoint_seconds 7"
     ended = scripts.run([*TD, *flags.split()], finished)
-    assert ended.status == 0 and "goes on after result_test" in ended.out
+    assert ended.status == 0 and "resumes after result_test" in ended.out
 
 
 def test_without_teaching_the_number_of_queried_images_may_differ(args, data, run):
     args.no_teaching, args.overwrite = True, True
-    Run("test", args, data, torch.device("cpu"))
+    model = build_model(args)
+    Run("test", args, data, model)
     args.unlabel_num, args.overwrite = 7, False
-    Run("test", args, data, torch.device("cpu"))
+    Run("test", args, data, model)
     args.no_teaching = False
-    with pytest.raises(utils.Refusal, match="with --no_teaching True .now False.; go"):
-        Run("test", args, data, torch.device("cpu"))
+    with pytest.raises(UserError, match="with --no_teaching True .now False.; resume"):
+        Run("test", args, data, model)
 
 
-def test_other_images_are_noticed(args, data, run):
-    Run("test", args, data, torch.device("cpu"))
+def test_other_images_are_an_error(args, data, run):
     data.train[3][0, 0, 0, 0] ^= 1
-    with pytest.raises(utils.Refusal, match="--data of content"):
-        Run("test", args, data, torch.device("cpu"))
+    with pytest.raises(UserError, match="--data of content"):
+        Run("test", args, data, build_model(args))
 
 
-def test_results_without_a_journal_are_not_written_over(scripts, finished):
+def test_results_without_a_journal_are_not_overwritten(scripts, finished):
     (finished / "run" / "run.json").unlink()
     before = soak.outcome(finished)
-    refused(scripts.run(TD, finished), "--save_dir run", "run.json", "--overwrite")
+    check_error(scripts.run(TD, finished), "--save_dir run", "run.json", "--overwrite")
     assert soak.outcome(finished) == before
     assert scripts.run([*TD, "--overwrite"], finished).status == 0
 
 
-def test_progress_of_another_run_is_not_taken_up(scripts, whole, tmp_path):
+def test_progress_of_another_run_is_not_used(scripts, reference, tmp_path):
     """Its journal is lost, its progress is not."""
-    process = scripts.start([*TD, "--checkpoint_seconds", "0", "--seed", "1"], tmp_path)
+    pid = scripts.start([*TD, "--checkpoint_seconds", "0", "--seed", "1"], tmp_path)
     wait_until(lambda: in_task(tmp_path, 1))
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     scripts.wait()
     (tmp_path / "run" / "run.json").write_text("{")
     ended = scripts.run([*TD, "--overwrite"], tmp_path)
-    assert "task1_progress.pt: is of another run; task1 begins anew" in ended.out
-    assert_same_but_for("overwrite", tmp_path, whole[0] / "TD")
+    assert "task1_progress.pt: is of another run; task1 starts over" in ended.out
+    assert_same_but_for("overwrite", tmp_path, reference[0] / "TD")
 
 
-def test_overwrite_leaves_other_runs_alone(scripts, whole, tmp_path):
+def test_overwrite_leaves_other_runs_alone(scripts, reference, tmp_path):
     for name in ("CIL", "TD"):
-        shutil.copytree(whole[0] / name, tmp_path / name)
+        shutil.copytree(reference[0] / name, tmp_path / name)
     before = soak.outcome(tmp_path / "CIL")
     other = f"main_TD.py {soak.COMMANDS['TD'].split(' ', 1)[1]} --overwrite"
-    refused(scripts.run(other.split(), tmp_path / "CIL"), "a run of main_CIL.py")
+    check_error(scripts.run(other.split(), tmp_path / "CIL"), "a run of main_CIL.py")
     assert soak.outcome(tmp_path / "CIL") == before
-    # the data folder of another run: what lies there is not this run's
+    # the data folder of another run: its files are not this run's
     flags = ["--save_data_path", "../CIL/run/data", "--overwrite"]
-    process = scripts.start([*TD, *flags], tmp_path / "TD")
+    pid = scripts.start([*TD, *flags], tmp_path / "TD")
     wait_until(lambda: not (tmp_path / "TD" / "run" / "task4_best_model.pt").exists())
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     scripts.wait()
     assert soak.outcome(tmp_path / "CIL") == before
 
 
-def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, whole, finished):
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, reference, finished):
     run = finished / "run"
     mine = [run / "notes.txt", run / "task9_best_model.pt", run / "data" / "task9_img.npy"]
     for path in mine:
         path.write_text("mine")
-    (run / ".task1_progress.pt.part").write_text("half")  # a killed one left it
-    process = scripts.start([*TD, "--overwrite", "--seed", "1"], finished)
+    (run / ".task1_progress.pt.part").write_text("half")  # of a killed run
+    pid = scripts.start([*TD, "--overwrite", "--seed", "1"], finished)
     wait_until(lambda: not (run / "task4_best_model.pt").exists())
     time.sleep(0.5)  # in the training of task 1, or just after it
-    os.kill(process, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)
     assert scripts.wait().status == 143
     left = {path.name for path in run.rglob("*") if path.is_file()} - {path.name for path in mine}
     assert not any("task3" in name or "task4" in name for name in left)
     assert all(path.read_text() == "mine" for path in mine)
-    refused(scripts.run(TD, finished), "--seed 1 (now 0)")
+    check_error(scripts.run(TD, finished), "--seed 1 (now 0)")
     assert scripts.run([*TD, "--overwrite"], finished).status == 0
     for path in mine:
         path.unlink()
-    assert_same_but_for("overwrite", finished, whole[0] / "TD")
+    assert_same_but_for("overwrite", finished, reference[0] / "TD")
 
 
-def test_main_train_notices_another_ticket(scripts, whole, tmp_path):
+def test_another_ticket_is_an_error_in_main_train(scripts, reference, tmp_path):
     for name in ("BU", "train"):
-        shutil.copytree(whole[0] / name, tmp_path / name)
+        shutil.copytree(reference[0] / name, tmp_path / name)
     argv = soak.COMMANDS["train"].split()
-    other = [word.replace("mask-3", "mask-1") for word in argv]
-    refused(scripts.run(other, tmp_path / "train"), "--mask of content")
+    other = [each.replace("mask-3", "mask-1") for each in argv]
+    check_error(scripts.run(other, tmp_path / "train"), "--mask of content")
     shutil.copy(tmp_path / "BU/run/mask-3.pt", tmp_path / "same.pt")
-    same = [word.replace("../BU/run/mask-3.pt", "../same.pt") for word in argv]
+    same = [each.replace("../BU/run/mask-3.pt", "../same.pt") for each in argv]
     assert scripts.run(same, tmp_path / "train").status == 0
 
 
 # ------------------------------------------------------------------------------ two at once
 
 
-def test_two_runs_do_not_share_a_data_folder_at_once(scripts, tmp_path):
-    process = scripts.start(TD, tmp_path)
+CIL = f"{soak.COMMANDS['CIL']} --save_data_path run/data --save_dir cil".split()
+
+
+@pytest.mark.parametrize(
+    "command, folder", [(TD, "--save_dir run"), (CIL, "--save_data_path run/data")]
+)
+def test_a_folder_in_use_is_an_error_and_a_killed_process_does_not_block_it(
+    scripts, reference, tmp_path, command, folder
+):
+    pid = scripts.start(TD, tmp_path)
     wait_until(lambda: (tmp_path / "run" / "task0_checkpoint_weight.pt").exists())
-    command = [*soak.COMMANDS["CIL"].split(), "--save_data_path", "run/data", "--save_dir", "cil"]
     second = subprocess.run(
-        [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True
+        [sys.executable, ROOT / command[0], *command[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert second.returncode == 2
-    assert b"--save_data_path run/data: process %d is at work in it" % process in second.stderr
-    os.kill(process, signal.SIGKILL)
-    scripts.wait()
-
-
-def test_two_processes_on_one_folder(scripts, whole, tmp_path):
-    process = scripts.start(TD, tmp_path)
-    wait_until(lambda: (tmp_path / "run" / "task0_checkpoint_weight.pt").exists())
-    second = subprocess.run(
-        [sys.executable, ROOT / TD[0], *TD[1:]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert second.returncode == 2 and second.stdout == ""
     assert second.stderr == (
-        f"main_TD.py: --save_dir run: process {process} is at work in it; "
-        f"wait for it, or name another folder\n"
+        f"{command[0]}: {folder}: another process is working in it; wait for it, or name another "
+        f"folder\n"
     )
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     scripts.wait()
-    assert scripts.run(TD, tmp_path).status == 0  # the lock of a killed one does not block
-    assert soak.outcome(tmp_path) == soak.outcome(whole[0] / "TD")
+    assert scripts.run(TD, tmp_path).status == 0
+    assert soak.outcome(tmp_path / "run") == soak.outcome(reference[0] / "TD" / "run")
 
 
 # ------------------------------------------------------------------------------ the same bits
@@ -514,17 +571,17 @@ def test_two_processes_on_one_folder(scripts, whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(scripts, tmp_path):
     ended = scripts.run([*TD, "--lr", "1e30", "--checkpoint_seconds", "0"], tmp_path)
-    refused(ended, "task1, epoch 1", "learning rate of 1e+30", "--lr")
+    check_error(ended, "task1, epoch 1", "learning rate of 1e+30", "--lr")
     paths = {path.name: path for path in tmp_path.rglob("*.pt")}
     assert paths.keys() <= {"task0_checkpoint_weight.pt", "task1_progress.pt"}
     for path in paths.values():
-        content = utils.load_checkpoint(path)
+        content = load_checkpoint(path)
         tensors = content.get("state_dict", content).values()
         assert all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def test_with_a_terminal_and_another_print_freq_the_bits_are_the_same(whole, tmp_path):
-    """A process started by itself, its progress bars on a terminal."""
+def test_with_a_terminal_and_another_print_freq_the_bits_are_the_same(reference, tmp_path):
+    """In a process of its own, with progress bars on a terminal."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     shown = []
@@ -544,12 +601,12 @@ def test_with_a_terminal_and_another_print_freq_the_bits_are_the_same(whole, tmp
     os.close(slave)
     reader.join()
     assert ended.returncode == 0 and b"task3_prune1:" in b"".join(shown)  # a bar
-    assert_same_but_for("print_freq", tmp_path, whole[0] / "TD")
+    assert_same_but_for("print_freq", tmp_path, reference[0] / "TD")
 
 
-def test_deterministic_gives_the_same_masks_and_queries(scripts, whole, tmp_path):
-    """On a CPU, where it changes no more than how the k-th smallest is found."""
+def test_deterministic_gives_the_same_masks_and_queries(scripts, reference, tmp_path):
+    """On a CPU it only changes how the k-th smallest is found."""
     assert scripts.run([*TD, "--deterministic"], tmp_path).status == 0
-    found, wanted = soak.outcome(tmp_path), soak.outcome(whole[0] / "TD")
-    for name, content in wanted.items():
+    found, expected = soak.outcome(tmp_path), soak.outcome(reference[0] / "TD")
+    for name, content in expected.items():
         assert name.endswith(".json") or found[name] == content

@@ -1,4 +1,4 @@
-"""Lottery teaching against METHOD.md section 5: the query, its files, reading them back."""
+"""Lottery teaching against docs/METHOD.md section 5: the query, its files, reading them back."""
 
 import copy
 import hashlib
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dataset
 import teaching
 import trainer
-from utils import Refusal
+from runtime.errors import UserError
 
 ORDER = [3, 1, 5, 0, 2, 4]  # the class order of the fixture `data`
 FILES = ("select_index", "img", "dis_label", "dis_label_main")
@@ -39,7 +39,7 @@ def random_features(m, p, d, seed=0, dtype=torch.float64):
         (9, 97, 8, 11),
     ],
 )
-def test_query_is_that_of_brute_force(m, p, d, num):
+def test_query_equals_brute_force(m, p, d, num):
     exemplars, pool = random_features(m, p, d)
     found = teaching.query(exemplars, pool, num)
     assert found.dtype == torch.int64
@@ -47,7 +47,7 @@ def test_query_is_that_of_brute_force(m, p, d, num):
 
 
 def test_query_by_hand():
-    """The first exemplar takes what the second would rather have had; nearest first."""
+    """The first exemplar takes what is nearest to the second too; nearest first."""
     pool = torch.tensor([[5.0], [0.0], [2.0], [9.0], [3.5]], dtype=torch.float64)
     exemplars = torch.tensor([[2.1], [2.0]], dtype=torch.float64)
     assert teaching.query(exemplars, pool, 2).tolist() == [2, 4, 1, 0]
@@ -57,7 +57,7 @@ def test_query_by_hand():
     assert teaching.query(exemplars.flip(0), pool, 2).tolist() == [1, 2, 0, 4]
 
 
-def test_query_hangs_on_the_order_of_the_exemplars():
+def test_query_depends_on_the_order_of_the_exemplars():
     exemplars, pool = random_features(12, 40, 4)
     orders = [exemplars, exemplars.flip(0)]
     found, reverse = (teaching.query(e, pool, 3).tolist() for e in orders)
@@ -66,7 +66,7 @@ def test_query_hangs_on_the_order_of_the_exemplars():
 
 
 @pytest.mark.parametrize("m, p, num", [(4, 10, 3), (4, 10, 5), (3, 10, 25), (5, 10, 2), (2, 1, 4)])
-def test_a_pool_that_runs_out_is_taken_whole_and_once(m, p, num):
+def test_a_pool_that_runs_out_is_taken_once(m, p, num):
     exemplars, pool = random_features(m, p, 6)
     found = teaching.query(exemplars, pool, num).tolist()
     assert found == reference.query(exemplars, pool, num)
@@ -75,30 +75,30 @@ def test_a_pool_that_runs_out_is_taken_whole_and_once(m, p, num):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("m, p, d", [(15, 41, 3), (15, 257, 64), (2, 41, 4), (3, 1003, 4)])
-def test_equal_pool_images_are_taken_lower_place_first(m, p, d, dtype):
-    """Equal ones stay equal wherever they lie in the pool: no rounding may tell them apart."""
+def test_of_equal_pool_images_the_lower_index_comes_first(m, p, d, dtype):
+    """Rounding must not separate equal images, wherever they are in the pool."""
     exemplars, images = random_features(m, 20, d, dtype=dtype)
-    places = torch.randint(20, (p,), generator=torch.Generator().manual_seed(1))
-    found = teaching.query(exemplars, images[places], 2)
-    assert found.tolist() == reference.query(exemplars, images[places], 2)
+    pool = images[torch.randint(20, (p,), generator=torch.Generator().manual_seed(1))]
+    found = teaching.query(exemplars, pool, 2)
+    assert found.tolist() == reference.query(exemplars, pool, 2)
 
 
-def test_an_exemplar_may_itself_be_in_the_pool_many_times():
+def test_the_pool_may_hold_an_exemplar_many_times():
     pool = torch.zeros(9, 4, dtype=torch.float64)
     assert teaching.query(pool[:2], pool, 3).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 100, 399, 400])
-def test_blocks_of_distances_change_nothing(monkeypatch, at_once):
+def test_the_block_size_does_not_change_the_result(monkeypatch, at_once):
     exemplars, pool = random_features(20, 40, 8)
     wanted = teaching.query(exemplars, pool, 3)
     monkeypatch.setattr(teaching, "DISTANCES_AT_ONCE", at_once)
     found = teaching.query(exemplars, pool, 3)
     assert torch.equal(found, wanted)
-    assert len(found) == 40  # and it runs out in the middle of a block
+    assert len(found) == 40  # the pool runs out in the middle of a block
 
 
-def test_all_distances_never_exist_at_once(monkeypatch):
+def test_all_distances_are_never_in_memory_at_once(monkeypatch):
     sizes, blocks = [], set()
 
     class Watch(TorchDispatchMode):
@@ -114,11 +114,11 @@ def test_all_distances_never_exist_at_once(monkeypatch):
     with Watch():
         teaching.query(exemplars, pool, 1)
     assert sizes and max(sizes) <= 500
-    assert len(blocks) == 1  # a new one each time would fragment memory
+    assert len(blocks) == 1  # allocated once, so that memory is not fragmented
 
 
-def test_features_far_from_zero_cost_no_digits():
-    """Those of a network without BatchNorm at its end need not be centred."""
+def test_features_far_from_zero_lose_no_digits():
+    """The features of a network that does not end with BatchNorm need not have mean 0."""
     exemplars, pool = (1000 + x for x in random_features(20, 60, 8, dtype=torch.float32))
     found = teaching.query(exemplars, pool, 2)
     assert found.tolist() == reference.query(exemplars, pool, 2)
@@ -129,15 +129,15 @@ def test_features_far_from_zero_cost_no_digits():
 
 @pytest.fixture
 def teacher(args):
-    """A network whose BatchNorm statistics are not the initial ones, left in training mode."""
+    """A network whose BatchNorm statistics are not the initial ones, in training mode."""
     model = trainer.make_model(args, torch.device("cpu"))
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    model.train()(2 * x + 1)
+    model.train().features(2 * x + 1)
     return model
 
 
 def teach(teacher, data, run, t):
-    """teaching.teach, also where the run has done it before; returns the places queried."""
+    """teaching.teach, even if the run has done it before; returns the indices queried."""
     run.journal["steps"].clear()
     teaching.teach(teacher, data, run, t)
     return arrays(run.args, t)["select_index"]
@@ -148,13 +148,13 @@ def arrays(args, t):
     return {name: np.load(folder / f"task{t}_{name}.npy", allow_pickle=False) for name in FILES}
 
 
-def normalised(images):
-    """Stored uint8 [n,3,H,W], by the formula with the mean and std of the fixture."""
+def normalized(images):
+    """Stored images, uint8 [n,3,H,W], normalized with the mean and std of the fixture."""
     return (torch.from_numpy(images).double() / 255 - 0.5) / 0.25
 
 
 @pytest.mark.parametrize("t, n", [(1, 24), (2, 48), (3, 60)])
-def test_files_of_teaching(teacher, data, args, run, t, n):
+def test_the_files_of_teaching(teacher, data, args, run, t, n):
     teach(teacher, data, run, t)
     folder = Path(args.save_data_path)
     names = [f"task{t}_{name}.npy" for name in FILES]
@@ -172,15 +172,17 @@ def test_files_of_teaching(teacher, data, args, run, t, n):
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_what_is_queried_is_near_the_exemplars_so_far(teacher, data, args, run, monkeypatch, t):
-    """In float64, where no rounding can decide which of two images is the nearer one."""
-    normalise = dataset.normalise
-    monkeypatch.setattr(dataset, "normalise", lambda *both: normalise(*both).double())
+def test_the_query_is_by_the_features_of_all_exemplars_so_far(
+    teacher, data, args, run, monkeypatch, t
+):
+    """In float64, where rounding cannot decide which of two images is nearer."""
+    normalize = dataset.normalize
+    monkeypatch.setattr(dataset, "normalize", lambda *both: normalize(*both).double())
     teacher.double()
     selected = teach(teacher, data, run, t)
 
     def features(images):
-        x = reference.normalise(images, [0.5] * 3, [0.25] * 3)
+        x = reference.normalize(images, [0.5] * 3, [0.25] * 3)
         with torch.no_grad():
             return teacher.eval()(x, is_feature=True)
 
@@ -194,8 +196,8 @@ def test_stored_images_are_views_of_the_queried_ones(teacher, data, args, run):
     teach(teacher, data, run, 2)
     found = arrays(args, 2)
     views = [
-        reference.find_view(image.transpose(1, 2, 0), data.pool[place].numpy(), pad=4)
-        for image, place in zip(found["img"], found["select_index"])
+        reference.find_view(image.transpose(1, 2, 0), data.pool[index].numpy(), pad=4)
+        for image, index in zip(found["img"], found["select_index"])
     ]
     assert None not in views
     flips, down, right = (set(draws) for draws in zip(*views))
@@ -206,7 +208,7 @@ def test_stored_images_are_views_of_the_queried_ones(teacher, data, args, run):
 def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args, run, t):
     teach(teacher, data, run, t)
     found = arrays(args, t)
-    x = normalised(found["img"]).float()
+    x = normalized(found["img"]).float()
     with torch.no_grad():
         features = teacher.eval().features(x)
         for name, heads in (
@@ -220,21 +222,16 @@ def test_stored_logits_are_the_teachers_on_the_stored_images(teacher, data, args
     assert not np.allclose(found["dis_label"], found["dis_label_main"])
 
 
-def test_teaching_leaves_the_teacher_as_it_was(teacher, data, args, run):
-    before = copy.deepcopy(teacher.state_dict())
+def test_teaching_changes_neither_the_teacher_nor_the_pool(teacher, data, args, run):
+    before, pool = copy.deepcopy(teacher.state_dict()), data.pool.clone()
     teach(teacher, data, run, 2)
     after = teacher.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert torch.equal(data.pool, pool)
 
 
-def test_teaching_leaves_the_pool_as_it_was(teacher, data, args, run):
-    before = data.pool.clone()
-    teach(teacher, data, run, 2)
-    assert torch.equal(data.pool, before)
-
-
-def test_teaching_hangs_on_seed_and_task_alone(teacher, data, args, run):
+def test_teaching_depends_only_on_seed_and_task(teacher, data, args, run):
     teach(teacher, data, run, 1)
     first = arrays(args, 1)
     teach(teacher, data, run, 2)
@@ -249,41 +246,36 @@ def test_teaching_hangs_on_seed_and_task_alone(teacher, data, args, run):
     assert not np.array_equal(first["img"], other["img"])
 
 
-def test_views_are_drawn_anew_for_each_task(teacher, data, args, run, monkeypatch):
+def test_each_task_draws_its_own_views(teacher, data, args, run, monkeypatch):
     draws, draw_views = [], dataset.draw_views
     monkeypatch.setattr(
         dataset, "draw_views", lambda *given: draws.append(draw_views(*given)) or draws[-1]
     )
-    args.unlabel_num = 60  # every task queries the whole pool
+    args.unlabel_num = 60  # every task queries all of the pool
     for t in (1, 2):
         teach(teacher, data, run, t)
     assert all(len(some) == len(other) == 60 for some, other in zip(*draws))
     assert not any(torch.equal(some, other) for some, other in zip(*draws))
 
 
-@pytest.mark.parametrize("num, taken", [(3, 48), (4, 60), (50, 60)])
-def test_a_pool_that_runs_out_is_told(teacher, data, args, run, capsys, num, taken):
-    args.unlabel_num = num
+@pytest.mark.parametrize("pool, num, taken", [(60, 3, 48), (48, 3, 48), (60, 4, 60), (60, 50, 60)])
+def test_a_notice_says_when_the_pool_runs_out(teacher, data, args, run, capsys, pool, num, taken):
+    args.unlabel_num, data.pool = num, data.pool[:pool]
+    capsys.readouterr()
     assert len(teach(teacher, data, run, 2)) == taken
     out = capsys.readouterr().out
-    if taken < 60:
+    if taken == 16 * num:
         assert out == ""
     else:
         assert "pool ran out" in out and "60" in out and str(16 * num) in out
         assert len(out.splitlines()) == 1
 
 
-def test_a_pool_that_is_just_enough_did_not_run_out(teacher, data, args, run, capsys):
-    data.pool = data.pool[:48]
-    assert len(teach(teacher, data, run, 2)) == 48
-    assert capsys.readouterr().out == ""
-
-
-# ------------------------------------------------------------------------------ the lesson
+# ------------------------------------------------------------------------------ soft labels
 
 
 def store(args, k=1, n=7, **changes):
-    """The four files of task k, with an array or bytes of one's own for some (None: no file)."""
+    """Write the four files of task k; changes: other arrays or bytes for some (None: no file)."""
     generator = np.random.default_rng(0)
     content = {
         "select_index": np.arange(n),
@@ -304,25 +296,28 @@ def store(args, k=1, n=7, **changes):
     return content
 
 
-def test_without_teaching_there_is_no_lesson_and_nothing_is_stored(teacher, data, args, run):
+def test_with_no_teaching_nothing_is_stored_and_nothing_read(teacher, data, args, run):
     args.no_teaching, data.pool = True, None
     teaching.teach(teacher, data, run, 1)
     assert not [*run.path("data/task1_img.npy").parent.glob("*.npy")]
-    assert teaching.lesson(data, args, 2) is None
-    assert teaching.lesson_files(args, 2) == []
-    assert teaching.taught_task(data, args, 2).unlabeled is None
+    assert teaching.load_soft_labels(data, args, 2) is None
+    assert teaching.soft_label_files(args, 2) == []
+    assert teaching.build_task(data, args, 2).unlabeled is None
 
 
-def test_task_1_has_no_lesson(args, data):
-    assert teaching.lesson(data, args, 1) is None
+def test_task_1_has_no_teacher(args, data):
+    assert teaching.load_soft_labels(data, args, 1) is None
+    assert teaching.soft_label_files(args, 1) == []
 
 
 @pytest.mark.parametrize("t", [2, 3])
-def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, args, run, t):
+def test_soft_labels_are_those_of_the_previous_task(teacher, data, args, run, t):
     for k in (1, 2, 3):
         teach(teacher, data, run, k)
     stored = arrays(args, t - 1)
-    images, logits, logits_main = teaching.lesson(data, args, t)
+    task = teaching.build_task(data, args, t)
+    images, logits, logits_main = task.unlabeled
+    assert task.t == t and task.data is data
     assert images.dtype == torch.uint8 and logits.dtype == logits_main.dtype == torch.float32
     assert np.array_equal(images.numpy(), stored["img"].transpose(0, 2, 3, 1))
     assert np.array_equal(logits.numpy(), stored["dis_label"])
@@ -330,40 +325,52 @@ def test_a_lesson_is_what_the_teacher_of_the_task_before_stored(teacher, data, a
 
 
 @pytest.mark.parametrize("name", ["img", "dis_label", "dis_label_main"])
-def test_a_lesson_with_another_checksum_is_refused(teacher, data, args, run, name):
+def test_a_file_with_another_checksum_is_an_error(teacher, data, args, run, name):
     teach(teacher, data, run, 1)
     path = Path(args.save_data_path) / f"task1_{name}.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Refusal, match=f"task1_{name}.npy: is not what .*task1_sha256sums"):
-        teaching.lesson(data, args, 2)
+    with pytest.raises(UserError, match=f"task1_{name}.npy: is not what .*task1_sha256sums"):
+        teaching.load_soft_labels(data, args, 2)
 
 
 def test_select_index_is_not_needed(args, data):
     """In the published files the rows of the others do not follow it."""
     store(args, select_index=None)
-    assert len(teaching.lesson(data, args, 2)) == 3
+    assert len(teaching.load_soft_labels(data, args, 2)) == 3
 
 
 def test_the_published_form_gives_the_same_batches(args, data):
-    ours = store(args, k=2)
-    lesson = teaching.lesson(data, args, 3)
-    store(args, k=2, img=normalised(ours["img"]).float().numpy())
-    published = teaching.lesson(data, args, 3)
+    content = store(args, k=2)
+    ours = teaching.load_soft_labels(data, args, 3)
+    store(args, k=2, img=normalized(content["img"]).float().numpy())
+    published = teaching.load_soft_labels(data, args, 3)
     assert published[0].dtype == torch.float32
 
     def batches(tensors):
         return dataset.one_pass(tensors, 3, data, torch.Generator().manual_seed(0), augmented=False)
 
-    for some, other in zip(batches(lesson), batches(published), strict=True):
+    for some, other in zip(batches(ours), batches(published), strict=True):
         for a, b in zip(some, other, strict=True):
             assert a.dtype == b.dtype == torch.float32
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns, columns_main", [(1, 4), (4, 2), (2, 3), (4, 4)])
+def test_missing_columns_are_zeros_as_published(args, data, columns, columns_main):
+    """Soft labels of fewer classes than tasks 1..t-1 have: zeros stand for the other logits."""
+    content = store(args, k=2)
+    given = {"dis_label": columns, "dis_label_main": columns_main}
+    store(args, k=2, **{name: content[name][:, :n] for name, n in given.items()})
+    for (name, n), found in zip(given.items(), teaching.load_soft_labels(data, args, 3)[1:]):
+        assert found.shape == (7, 4) and found.dtype == torch.float32
+        assert np.array_equal(found[:, :n].numpy(), content[name][:, :n])
+        assert not found[:, n:].any()
+
+
 def object_array(n=7):
-    """What only unpickling could read."""
+    """An array that only pickle can read."""
     return np.array([{"row": i} for i in range(n)], dtype=object)
 
 
@@ -392,7 +399,7 @@ BAD_IMAGES = {
     "channels last": zeros(7, 16, 16, 3, dtype=np.uint8),
     "other size": zeros(7, 3, 32, 32, dtype=np.uint8),
     "not square": zeros(7, 3, 16, 8),
-    "grey": zeros(7, 1, 16, 16, dtype=np.uint8),
+    "gray": zeros(7, 1, 16, 16, dtype=np.uint8),
     "one image": zeros(3, 16, 16),
     "float64": zeros(7, 3, 16, 16, dtype=np.float64),
     "int64": zeros(7, 3, 16, 16, dtype=np.int64),
@@ -400,8 +407,10 @@ BAD_IMAGES = {
 BAD_LABELS = {
     "too few rows": zeros(6, 4),
     "too many rows": zeros(8, 4),
-    "of the task before": zeros(7, 2),
-    "of the task after": zeros(7, 6),
+    "too many columns": zeros(7, 5),
+    "of the next task": zeros(7, 6),
+    "no columns": zeros(7, 0),
+    "three dimensions": zeros(7, 4, 1),
     "flat": zeros(28),
     "float64": zeros(7, 4, dtype=np.float64),
     "int64": zeros(7, 4, dtype=np.int64),
@@ -414,18 +423,18 @@ BAD = [
 
 
 @pytest.mark.parametrize("name, content", BAD)
-def test_a_file_that_does_not_fit_is_refused_by_name(args, data, name, content):
+def test_a_file_that_does_not_fit_is_an_error_that_names_it(args, data, name, content):
     store(args, k=2)
-    teaching.lesson(data, args, 3)  # what fits is taken
+    teaching.load_soft_labels(data, args, 3)  # these fit
     store(args, k=2, **{name: content})
-    with pytest.raises(Refusal) as refusal:
-        teaching.lesson(data, args, 3)
-    words = str(refusal.value)
-    assert f"task2_{name}.npy" in words and len(words.splitlines()) == 1
+    with pytest.raises(UserError) as error:
+        teaching.load_soft_labels(data, args, 3)
+    message = str(error.value)
+    assert f"task2_{name}.npy" in message and len(message.splitlines()) == 1
 
 
 def test_nothing_is_unpickled(args, data, tmp_path):
-    """A file from elsewhere must not be able to run anything."""
+    """A file from elsewhere must not be able to run code."""
     trace = tmp_path / "trace"
 
     class Hostile:
@@ -436,8 +445,8 @@ def test_nothing_is_unpickled(args, data, tmp_path):
     for name in ("img", "dis_label", "dis_label_main"):
         for content in (objects, pickle.dumps(Hostile())):
             store(args, **{name: content})
-            with pytest.raises(Refusal):
-                teaching.lesson(data, args, 2)
+            with pytest.raises(UserError):
+                teaching.load_soft_labels(data, args, 2)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile())).close()
     assert trace.exists()  # it would have left a trace
