@@ -26,13 +26,13 @@ def parse(argv):
     parser = cli.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
     flag = cli.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
     points = {"type": cli.finite, "metavar": "POINTS"}
-    message = f"accuracy that a pruned model may lose, in percentage points {cli.DEFAULT}"
+    message = f"accuracy loss, in percentage points, at which pruning stops {cli.DEFAULT}"
     flag("--deacc", default=2, help=message, **points)
-    message = f"points below the dense model at which the mask re-grows {cli.DEFAULT}"
+    message = f"accuracy loss, in points, from which the mask re-grows {cli.DEFAULT}"
     flag("--accept_decay", default=1, help=message, **points)
-    message = f"most prunings of a task {cli.DEFAULT}"
+    message = f"maximum number of prunings per task {cli.DEFAULT}"
     flag("--max_iter_prun", type=cli.int_range(1), default=26, metavar="N", help=message)
-    message = f"sparsity from which the prunings may stop {cli.DEFAULT}"
+    message = f"sparsity before which pruning does not stop {cli.DEFAULT}"
     flag("--base_sparsity", type=cli.percentage, default=90, metavar="PERCENT", help=message)
     message = "images on which tickets are chosen: test (published, default) or val (recommended)"
     flag("--select_on", choices=("test", "val"), default="test", help=message)

@@ -67,9 +67,8 @@ def prune_task(model, task, run):
     """The prunings of task t, with retraining between them but not after the last one."""
     args, t = run.args, task.t
     prunings = args.prune_scheduler[t - 1]
-    optimizer = trainer.make_optimizer(
-        model, args, args.lr / 100
-    )  # one for the task, momentum kept
+    # one optimizer for the task: its momentum is kept across prunings
+    optimizer = trainer.make_optimizer(model, args, args.lr / 100)
     for number in range(1, prunings + 1):
         step = f"task{t}_prune{number}"
         masks = pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, step)

@@ -4,12 +4,13 @@
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3
 
 retrains the ticket of task 3 from the dense weights of task 2: the paper's task-rewound bottom-up
-ticket ("TR-BU"). The soft labels of task t-1 are those of a finished run (--save_data_path).
+ticket ("TR-BU"). The soft labels are those of a run that has finished task t-1
+(--save_data_path).
 
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3 \\
         --control shuffle_mask
 
-trains a control in its place: what a ticket must beat, see take_control().
+trains a control in its place: what a ticket must beat (docs/METHOD.md section 6).
 """
 
 import dataset

@@ -52,7 +52,7 @@ def random_scores(weights, generator):
 
 
 # --criterion: {name: function of weights {name: tensor} and a CPU torch.Generator, which returns a
-# score for each weight, {name: tensor of the same shape}; the smallest are pruned}
+# float score for each weight, {name: tensor of the same shape}; the smallest are pruned}
 CRITERIA = {"magnitude": magnitude, "random": random_scores}
 
 
@@ -106,7 +106,7 @@ def densities(masks):
 
 
 def ticket_record(masks):
-    """What the records say of a ticket."""
+    """The fields of a record that describe a ticket."""
     return {"ticket_density": density(masks), "layer_density": densities(masks)}
 
 

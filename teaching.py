@@ -110,7 +110,7 @@ def augmented_views(data, indices, batch_size, generator):
 
 
 def soft_label_names(t):
-    """The names of the teacher's files of task t, images last: without them the others are void."""
+    """The names of the teacher's files of task t; a set without the images, the last, is void."""
     return [
         f"task{t}_{name}.npy" for name in ("select_index", "dis_label", "dis_label_main", "img")
     ]
@@ -139,7 +139,7 @@ def load_soft_labels(data, args, t):
 
     None for t = 1 and with --no_teaching. images: uint8 [n,H,W,3], or float32 [n,3,H,W] from
     published files; logits float32 [n,(t-1)c]. Raises UserError when a file is missing, does not
-    fit, or is not what its checksum says (published ones have none).
+    fit, or does not match its checksum (published ones have none).
     """
     if t == 1 or args.no_teaching:
         return None
@@ -175,7 +175,7 @@ def load_soft_labels(data, args, t):
 
 
 def check_sums(folder, paths, teacher):
-    """Raise UserError when a file is missing or is not what the folder's checksums say."""
+    """Raise UserError when a file is missing or does not match the folder's checksums."""
     sums = folder / SUMS.format(teacher)
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else ()
     known = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
@@ -186,7 +186,7 @@ def check_sums(folder, paths, teacher):
                 f"with task {teacher}, or give --no_teaching"
             )
         if path.name in known and file_checksum(path) != known[path.name]:
-            raise UserError(f"{path}: is not what {sums} says; let the run make it again")
+            raise UserError(f"{path}: does not match {sums}; let the run write it again")
 
 
 def build_task(data, args, t):

@@ -28,8 +28,8 @@ def parse(argv):
     cli.add_network_flags(parser, BACKBONES)
     flag = parser.add_argument_group("the model").add_argument
     flag("--pretrained", type=cli.path, required=True, metavar="P", help="checkpoint to test")
-    flag("--pruned", action="store_true", help="it is a pruned one")
-    cli.add_state_flag(flag, "task whose classes, and all before, are told apart")
+    flag("--pruned", action="store_true", help="the checkpoint holds masks")
+    cli.add_state_flag(flag, "test on the classes of tasks 1..t")
     cli.add_batch_size_flag(flag)
     flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
     args = parser.parse_args(argv)
@@ -51,6 +51,7 @@ def main(argv=None):
     data = dataset.load(args, device, checkpoint=args.pretrained, pool=False, parts=("test",))
     record = Record("test", args, data, model, f"test_{Path(args.pretrained).stem}_")
     record.write()  # a folder that cannot be written is reported now
+    print(record.header, end="", flush=True)
     counts = count_correct(model, data.test, args.state, data, args.batch_size)
     record.add(
         state=args.state,

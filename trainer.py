@@ -1,12 +1,13 @@
 """Train one task (docs/METHOD.md section 4): the losses, an epoch, evaluation, the one loop.
 
-A step, from the command line to the loss: main() of a script, train_task(), train_epoch(),
-task1_loss() or kd_loss(), and the model's features() and logits().
+A step, from the command line to the loss: main() of a script, train_task(), run_epochs(),
+train_epoch(), task1_loss() or kd_loss(), and the model's features() and logits().
 """
 
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -109,9 +110,10 @@ def kd_loss(model, k, sub, batch):
     a, b = sub // k / sub, sub * (k - 1) // k / sub
     balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
     balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
-    for distilled, (_, stored, stored_main) in zip(of_unlabeled, unlabeled):
-        loss = loss + distillation(model.logits(distilled, k - 1, main_fc=False), stored)
-        main_logits = model.logits(distilled, k - 1, main_fc=True)
+    if unlabeled:
+        ((_, stored, stored_main),) = unlabeled
+        loss = loss + distillation(model.logits(*of_unlabeled, k - 1, main_fc=False), stored)
+        main_logits = model.logits(*of_unlabeled, k - 1, main_fc=True)
         balanced = balanced + distillation(main_logits, stored_main)
     return loss + BALANCED_WEIGHT * balanced
 
@@ -153,7 +155,10 @@ def batches(task, args, step, epoch):
 
 
 def train_epoch(model, optimizer, task, args, step, progress):
-    """Train from where `progress` stands to the end of its epoch; yields after each batch."""
+    """Train from where `progress` stands to the end of its epoch.
+
+    Yields None after each step, so that the caller can save or stop.
+    """
     model.train()
     k, sub = task.t, random_batch_size(args, task.t)
     for batch in islice(batches(task, args, step, progress.epoch), progress.batch, None):
@@ -269,7 +274,7 @@ class Progress:
         return {each.name for each in dataclasses.fields(cls)} | {"state_dict", "optimizer"}
 
     def position(self, plan, task, args):
-        """Where it stands, in words."""
+        """Where it stands, as text."""
         batches = batches_per_epoch(task, args)
         return f"at epoch {self.epoch} of {plan.epochs}, after batch {self.batch} of {batches}"
 
@@ -409,9 +414,9 @@ def finish_epoch(model, optimizer, task, run, plan, progress):
 
 def check_finite(model, optimizer, plan, args, progress):
     """Raise UserError when the losses so far or the model are infinite or NaN."""
-    tensors = [torch.as_tensor(progress.total_loss)]
-    tensors += [each for each in model.state_dict().values() if each.is_floating_point()]
-    if not all(bool(each.isfinite().all()) for each in tensors):
+    tensors = [each for each in model.state_dict().values() if each.is_floating_point()]
+    finite = torch.stack([each.isfinite().all() for each in tensors]).all()  # waits once
+    if not (finite and math.isfinite(progress.total_loss)):
         loss = float(progress.total_loss) / max(1, progress.batch)
         rate = optimizer.param_groups[0]["lr"]
         raise UserError(
@@ -436,14 +441,15 @@ def checkpoint_dict(model, optimizer, epoch, best):
 
 def timed(epoch, progress):
     """The steps of train_epoch(), whose seconds are added up without what comes between them."""
-    finished = False
-    while not finished:
+    done = object()
+    step = None
+    while step is not done:
         start = time.monotonic()
-        finished = next(epoch, StopIteration) is StopIteration
-        if finished:
+        step = next(epoch, done)
+        if step is done:
             float(progress.total_loss)  # waits for the device
         progress.training_seconds += time.monotonic() - start
-        if not finished:
+        if step is not done:
             yield
 
 
@@ -468,7 +474,8 @@ def watched(model, optimizer, task, run, plan, progress):
     def after_batch():
         bar.update()
         if not bar.disable and progress.batch % args.print_freq == 0:
-            bar.set_postfix(loss=float(progress.total_loss) / progress.batch)
+            accuracy = progress.history[-1][1] if progress.history else None
+            bar.set_postfix(loss=float(progress.total_loss) / progress.batch, accuracy=accuracy)
         if time.monotonic() - last_saved >= args.checkpoint_seconds:
             save()
         check_signals()

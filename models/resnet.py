@@ -77,8 +77,9 @@ class BasicBlock(nn.Module):
         self.stride, self.new_channels = stride, outputs - inputs
 
     def forward(self, x):
-        s = self.stride
-        shortcut = F.pad(x[:, :, ::s, ::s], (0, 0, 0, 0, 0, self.new_channels))
+        shortcut, s = x, self.stride
+        if s != 1 or self.new_channels:
+            shortcut = F.pad(x[:, :, ::s, ::s], (0, 0, 0, 0, 0, self.new_channels))
         h = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(h)) + shortcut)
 

@@ -22,8 +22,9 @@ DEFAULT = "(default %(default)s)"
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors and whose help keeps the docstring's lines."""
 
-    def __init__(self, description):
+    def __init__(self, description, prog=None):
         super().__init__(
+            prog=prog,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -106,7 +107,7 @@ def image_side(text):
 def nonempty(text):
     """An argparse type: a text that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("found nothing, give a name")
+        raise argparse.ArgumentTypeError("found nothing, give a value")
     return text
 
 
@@ -144,7 +145,7 @@ def add_data_flags(parser, datasets):
         "--dataset",
         default="cifar10",
         metavar="NAME",
-        help=f"{', '.join(datasets)} (default cifar10)",
+        help=f"{', '.join(datasets)} (default cifar10); folder: your own images",
     )
     flag(
         "--data",
@@ -157,7 +158,7 @@ def add_data_flags(parser, datasets):
         type=path,
         metavar="PATH",
         help="folder of the official files (or tiny-imagenet-200.zip), so that nothing is "
-        "downloaded; needed only to prepare the set, as are the next three",
+        "downloaded; only to prepare the set, like --source, --image_size and --unlabeled",
     )
     flag(
         "--source",
@@ -180,7 +181,9 @@ def add_data_flags(parser, datasets):
         help="the pool: .npy or .npz of uint8 [n,H,W,3], the published pickle, or a folder of "
         "images; several are joined (default: the set's own)",
     )
-    flag("--classifiers", type=int_range(1), metavar="T", help="tasks (default: the set's)")
+    flag(
+        "--classifiers", type=int_range(1), metavar="T", help="number of tasks (default: the set's)"
+    )
     flag(
         "--classes_per_classifier",
         type=int_range(1),
@@ -234,8 +237,8 @@ def add_file_flags(parser, save_dir):
         type=not_negative,
         default=60,
         metavar="S",
-        help="at most so many seconds of training between two checkpoints, from which the same "
-        f"command resumes {DEFAULT}",
+        help="maximum seconds of training between two checkpoints, from which the same command "
+        f"resumes {DEFAULT}",
     )
     flag(
         "--overwrite",
@@ -250,7 +253,7 @@ def add_training_flags(parser):
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=int_range(1), default=100, metavar="N", help=f"per task {DEFAULT}")
     add_batch_size_flag(flag)
-    flag("--lr", type=positive, default=0.01, help=f"learning rate {DEFAULT}")
+    flag("--lr", type=positive, default=0.01, metavar="X", help=f"learning rate {DEFAULT}")
     flag(
         "--decreasing_lr",
         type=int_list,
@@ -259,8 +262,8 @@ def add_training_flags(parser):
         help=f"epochs after which the learning rate is divided by 10 {DEFAULT}",
     )
     below_one = float_range("a number from 0 to below 1", lambda v: 0 <= v < 1)
-    flag("--momentum", type=below_one, default=0.9, help=DEFAULT)
-    flag("--weight_decay", type=not_negative, default=5e-4, help=DEFAULT)
+    flag("--momentum", type=below_one, default=0.9, metavar="X", help=DEFAULT)
+    flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=DEFAULT)
     flag(
         "--print_freq",
         type=int_range(1),
@@ -268,7 +271,7 @@ def add_training_flags(parser):
         metavar="N",
         help=f"batches between updates of the loss in the progress bar {DEFAULT}",
     )
-    flag("--seed", type=int_range(0), default=0, metavar="N", help=f"of all draws {DEFAULT}")
+    flag("--seed", type=int_range(0), default=0, metavar="N", help=f"random seed {DEFAULT}")
 
 
 def add_batch_size_flag(flag):
@@ -289,21 +292,28 @@ def add_network_flags(parser, backbones):
         "--width",
         type=int_range(1, 4096),
         metavar="N",
-        help="channels of the first layer (default: the backbone's own; 64 for resnet18)",
+        help="channels of the first layer (default 64 for resnet18, 16 for resnet32)",
     )
     flag(
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of the backbone: fp32 (default), or bf16 (autocast), several times faster where the "
-        "hardware has it; weights, statistics, heads and pruning scores are always fp32",
+        help="precision of the backbone: fp32 (default), or bf16 (autocast), several times faster "
+        "where the hardware has it; weights, statistics, heads and pruning scores are always fp32",
     )
     flag(
         "--device",
         default="auto",
+        metavar="DEVICE",
         help="auto (cuda:<--gpu>, else mps, else cpu), cpu, cuda, cuda:N or mps (default auto)",
     )
-    flag("--gpu", type=int_range(0), default=0, metavar="N", help=f"CUDA device of auto {DEFAULT}")
+    flag(
+        "--gpu",
+        type=int_range(0),
+        default=0,
+        metavar="N",
+        help=f"CUDA device for --device auto or cuda {DEFAULT}",
+    )
     flag(
         "--deterministic",
         action="store_true",
@@ -322,6 +332,7 @@ def add_pruning_flags(parser, title, criteria):
         "--percent",
         type=share,
         default=0.2,
+        metavar="SHARE",
         help=f"share of the remaining weights that one pruning removes {DEFAULT}",
     )
     flag(
@@ -360,17 +371,23 @@ def finalize_args(args, save_dir=None):
         args.state = last
     if last > args.classifiers:
         raise UserError(f"--state {last}: there are {args.classifiers} tasks, give 1 to that")
-    if save_dir is None:
-        return
+    if save_dir is not None:
+        check_batch_size(args, last)
+        args.save_dir = args.save_dir or save_dir.format(args.dataset)
+        args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
+    for key in ("save_dir", "save_data_path"):
+        if not getattr(args, key, None):
+            continue
+        folder = Path(getattr(args, key))
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        if not existing.is_dir():
+            raise UserError(f"--{key} {folder}: {existing} is a file, give another folder")
+
+
+def check_batch_size(args, last):
+    """Raise UserError if a batch is too small for the sub-batches of task `last`."""
     if last > 1 and args.batch_size // 4 < last:
         raise UserError(
             f"--batch_size {args.batch_size}: a quarter of it is divided among {last} tasks, "
             f"give at least {4 * last}"
         )
-    args.save_dir = args.save_dir or save_dir.format(args.dataset)
-    args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
-    for key in ("save_dir", "save_data_path"):
-        folder = Path(getattr(args, key))
-        existing = next(each for each in (folder, *folder.parents) if each.exists())
-        if not existing.is_dir():
-            raise UserError(f"--{key} {folder}: {existing} is a file, give another folder")

@@ -46,7 +46,7 @@ def run_script(main):
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory ran out, as PyTorch's two allocators and Python say it.
+    """Whether an exception reports that memory ran out.
 
     Other errors with "memory" in their text, such as CUDA's illegal memory access, are bugs.
     """

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import filelock
@@ -36,33 +37,36 @@ LOCKS = {}  # {path: lock} that this process holds
 
 
 def device_name(device):
-    """The device in words, for the records."""
+    """The name of the device, for the records."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.processor() or platform.machine()})"
 
 
 def header(script, args, data, model):
-    """What a run is about, as lines of text: device, data, network, schedule."""
+    """The header of a run: device, data, network, schedule, as lines of text."""
     parameters = list(model.parameters())
     threads = f", {torch.get_num_threads()} threads" if parameters[0].device.type == "cpu" else ""
     counts = ", ".join(f"{count:,} {part}" for part, count in data.counts().items() if count)
-    lines = [
-        f"device    {device_name(parameters[0].device)}{threads}, PyTorch {torch.__version__}",
-        f"data      {args.dataset}: {data.classifiers} tasks of {data.classes_per_classifier} "
-        f"classes; images: {counts} ({data.source})",
-        f"network   {args.arch}, width {args.width}, {args.precision}: "
+    lines = {
+        "device": f"{device_name(parameters[0].device)}{threads}, PyTorch {torch.__version__}",
+        "data": f"{args.dataset}, {data.classifiers} x {data.classes_per_classifier} classes; "
+        f"images: {counts} ({data.source})",
+        "network": f"{args.arch}, width {args.width}, {args.precision}: "
         f"{sum(p.numel() for p in parameters):,} parameters",
-    ]
+    }
     if "epochs" in args:
-        rate = f"lr {args.lr:g}"
-        if args.decreasing_lr:
-            rate += f", divided by 10 after {', '.join(map(str, args.decreasing_lr))}"
-        schedule = f"{args.epochs} epochs per task, batches of {args.batch_size}, {rate}"
-        if "iter_epochs" in args:
-            schedule += f"; retraining: {args.iter_epochs} epochs at lr {args.lr / 100:g}"
-        lines.append(f"schedule  {schedule}; seed {args.seed}")
-    return "".join(f"{line}\n" for line in (f"{script}.py", *(f"  {line}" for line in lines)))
+        milestones = ", ".join(map(str, args.decreasing_lr))
+        rate = f"lr {args.lr:g}" + f", divided by 10 after epochs {milestones}" * bool(milestones)
+        batches = f"batch size {args.batch_size}, {rate}, seed {args.seed}"
+        lines["schedule"] = f"epochs per task {args.epochs}, {batches}"
+    if "iter_epochs" in args:
+        schedule = ",".join(map(str, getattr(args, "prune_scheduler", ())))
+        lines["pruning"] = (
+            f"{100 * args.percent:g} %{f' x {schedule}' * bool(schedule)} by {args.criterion}; "
+            f"retraining: epochs {args.iter_epochs}, lr {args.lr / 100:g}"
+        )
+    return f"{script}.py\n" + "".join(f"  {name:<9}{text}\n" for name, text in lines.items())
 
 
 class Record:
@@ -75,7 +79,7 @@ class Record:
 
     def __init__(self, script, args, data, model, prefix=""):
         self.folder, self.prefix = args.save_dir, prefix
-        print(header(script, args, data, model), end="", flush=True)
+        self.header = header(script, args, data, model)
         self.results = {
             "script": script,
             "config": vars(args) | {"data": str(data.source)},
@@ -166,12 +170,12 @@ class Run(Record):
             self.start -= self.journal["seconds"]
         else:
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
-        *_, last = [None, *self.journal["steps"]]
-        print(f"  folder    {self.folder}" + (f", resumes after {last}" if last else ""))
         self.results["states"] = self.journal["rows"]
-        if not self.journal["steps"]:
+        done = [*self.journal["steps"]]
+        if not done:
             self.write()  # a folder that cannot be written is reported now, not after a task
-        sys.stdout.flush()
+        resumes = f", resumes after {done[-1]}" if done else ""
+        print(f"{self.header}  folder   {self.folder}{resumes}", flush=True)
 
     def settings_of(self, data, inputs):
         """What a run must share with the journal to resume it, as JSON holds it."""
@@ -207,9 +211,8 @@ class Run(Record):
                 f"from; name another folder, or give --overwrite"
             )
         lock_folder(self.folder, "save_dir", self.prefix)
-        if not (
-            self.prefix or self.args.no_teaching
-        ):  # main_train, with a prefix, only reads there
+        # main_train, the script with a prefix, only reads from --save_data_path
+        if not self.prefix and not self.args.no_teaching:
             lock_folder(Path(self.args.save_data_path), "save_data_path")
 
     def read_journal(self):
@@ -418,22 +421,26 @@ def lock_folder(folder, flag, prefix=""):
     path = folder / f".{prefix}lock"
     if earlier := LOCKS.pop(str(path), None):  # of an earlier run in this process
         earlier.release()
-    lock = filelock.FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"--{flag} {folder}: another process is working in it; wait for it, or name another "
-            f"folder"
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        return
+        path.touch()
     except OSError as error:
         reason = first_line(error)
         raise UserError(
             f"--{flag} {folder}: cannot be written ({reason}); name another folder"
         ) from None
+    lock = filelock.FileLock(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file system on which another lock is used
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"--{flag} {folder}: another process is working in it; wait for it, or name another "
+            f"folder"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        return
     LOCKS[str(path)] = lock
 
 

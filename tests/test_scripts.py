@@ -599,14 +599,14 @@ def test_each_run_prints_a_header(tmp_path, capsys):
     assert f"{torch.get_num_threads()} threads" in rows["device"]
     for part, count in {"train": 72, "val": 30, "test": 48, "exemplars": 24, "pool": 100}.items():
         assert f"{count} {part}" in rows["data"]
-    assert "digits: 3 tasks of 2 classes" in rows["data"]
+    assert "digits, 3 x 2 classes" in rows["data"]
     arguments = SimpleNamespace(
         arch="resnet18", width=4, classifiers=3, classes_per_classifier=2, precision="fp32"
     )
     parameters = sum(p.numel() for p in build_model(arguments).parameters())
     assert f"resnet18, width 4, fp32: {parameters:,} parameters" in rows["network"]
-    assert rows["schedule"].startswith("1 epochs per task, batches of 48, lr 0.01")
-    assert "after 60, 80" in rows["schedule"] and "seed 0" in rows["schedule"]
+    assert rows["schedule"].startswith("epochs per task 1, batch size 48, lr 0.01")
+    assert "after epochs 60, 80" in rows["schedule"] and "seed 0" in rows["schedule"]
     assert rows["folder"] == str(tmp_path)
     run_test(tmp_path / "task1_best_model.pt", "--state", "1")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -331,7 +331,7 @@ def test_a_file_with_another_checksum_is_an_error(teacher, data, args, run, name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"task1_{name}.npy: is not what .*task1_sha256sums"):
+    with pytest.raises(UserError, match=f"task1_{name}.npy: does not match .*task1_sha256sums"):
         teaching.load_soft_labels(data, args, 2)
 
 

@@ -175,9 +175,9 @@ def draw():
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python -m tools.method_figure")
     message = "the SVG file to write (default %(default)s)"
-    parser.add_argument("--out", type=path, default="docs/method.svg", help=message)
+    parser.add_argument("--out", type=path, metavar="FILE", default="docs/method.svg", help=message)
     args = parser.parse_args(argv)
     with matplotlib.style.context(["default", OPTIONS]):
         figure, metadata = draw(), {"Date": None, "Creator": None}

@@ -348,7 +348,7 @@ def unfinished(groups):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python -m tools.report")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --save_dir of a run")
     message = "where to write tables and plots (default %(default)s)"
     parser.add_argument("--out", default="report", metavar="DIR", help=message)

@@ -50,11 +50,22 @@ class Job(NamedTuple):
 
 
 def parse(argv):
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, "python -m tools.reproduce")
     flag = parser.add_argument
     flag("--full", action="store_true", help="the published settings, on all of CIFAR-10")
-    flag("--seeds", type=cli.int_list, default=[0, 1, 2], metavar="S,S", help="default 0,1,2")
-    flag("--out", type=cli.path, metavar="DIR", help="default reproduce, or reproduce_full")
+    flag(
+        "--seeds",
+        type=cli.int_list,
+        default=[0, 1, 2],
+        metavar="S,S",
+        help="seeds to run (default 0,1,2)",
+    )
+    flag(
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="folder of all runs (default reproduce, or reproduce_full)",
+    )
     flag(
         "--data",
         type=cli.path,
