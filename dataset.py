@@ -10,6 +10,8 @@ datasets/prepare.py) and shows it:
     python dataset.py --dataset cifar10 --per_class 300 --data data/small
 """
 
+import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
+
 import hashlib
 import json
 import os

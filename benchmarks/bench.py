@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
+
 import published
 import torch
 from tqdm import tqdm

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from datasets.archive import open_file
 from runtime.errors import UserError, first_line
-from runtime.process import usable_cores
+from runtime.threads import usable_cores
 
 MIN_PARALLEL = 256  # fewer images are decoded sooner than other processes start
 

@@ -1,4 +1,4 @@
-"""The process of a script: how it starts and ends, signals, memory and cores."""
+"""The process of a script: how it starts and ends, signals and memory."""
 
 import contextlib
 import ctypes
@@ -120,10 +120,3 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any allocation
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-
-
-def usable_cores():
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

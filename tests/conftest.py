@@ -1,5 +1,7 @@
 """What the tests share: a tiny data set in memory, and the arguments of a tiny run."""
 
+import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
+
 from argparse import Namespace
 
 import processes

@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 from runtime import cli
 from runtime.errors import UserError, first_line
-from runtime.process import run_script, usable_cores
+from runtime.process import run_script
+from runtime.threads import usable_cores
 from tools import report
 
 ROOT = Path(__file__).parent.parent
