@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(RUN) main_train.py $(TRAIN) --save_dir demo/BU --state 3 \
 	    --weight demo/BU/task2_best_model.pt --mask demo/BU/mask-3.pt
 	$(RUN) test.py $(MODEL) --pretrained demo/TD/task6_best_model.pt --pruned
-	$(RUN) test.py $(MODEL) --pretrained demo/BU/task5_best_model.pt
+	$(RUN) test.py $(MODEL) --pretrained demo/BU/task5_best_prun_model.pt --pruned
 	@echo; $(RUN) -m tools.report demo/TD demo/BU --out demo
 
 reproduce: $(VENV)/installed

@@ -77,6 +77,7 @@ def teach(model, data, run, t):
         return
     exemplars, _ = data.of_tasks(data.exemplars, 1, t)
     wanted = args.unlabel_num * len(exemplars)
+    run.log(f"task {t}: {len(exemplars)} exemplars query the pool of {len(data.pool)} images")
     with torch.no_grad():
         selected = query(
             extract_features(model, exemplars, data, args.batch_size),

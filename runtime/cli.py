@@ -370,7 +370,7 @@ def finalize_args(args, save_dir=None):
     if "state" in args:
         args.state = last
     if last > args.classifiers:
-        raise UserError(f"--state {last}: there are {args.classifiers} tasks, give 1 to that")
+        raise UserError(f"--state {last}: give a task from 1 to {args.classifiers}")
     if save_dir is not None:
         check_batch_size(args, last)
         args.save_dir = args.save_dir or save_dir.format(args.dataset)

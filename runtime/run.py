@@ -102,7 +102,8 @@ class Record:
         listed = " ".join(f"{a:.2f}" for a in accuracy)
         print(
             f"state {state}: test accuracy {listed}, mean {row['mean']:.2f} % "
-            f"at {density:.2f} % of the weights",
+            f"at {density:.2f} % of the weights"
+            + (f"; next ticket {more['ticket_density']:.2f} %" if "ticket_density" in more else ""),
             flush=True,
         )
 
@@ -112,7 +113,7 @@ class Record:
             average, lost = average_incremental_accuracy(matrix), forgetting(matrix)
             self.results |= {"average_incremental_accuracy": average, "forgetting": lost}
             summary = f"average incremental accuracy {average:.2f} %"
-            print(summary + ("" if lost is None else f", forgetting {lost:.2f}"))
+            print(summary + ("" if lost is None else f", forgetting {lost:.2f} points"))
         self.write()
         if self.folder:
             print(f"records: {self.folder}/{self.prefix}results.json", flush=True)

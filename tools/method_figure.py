@@ -156,7 +156,7 @@ def draw():
     for t, (x, classes) in enumerate(zip(CARDS, CLASSES)):
         text(ax, x + CARD / 2, 18, f"task {t + 1}", 13, weight="bold")
         text(ax, x + CARD / 2, 34, classes, 11, GRAY)
-    about = "each pruning drops 20 % of what is left; the rest is rewound"
+    about = "each pruning drops 20 % of what is left (schedule 1,1,3,4,5); the rest is rewound"
     panel(ax, 44, 206, BLUE, "#f1f7fd", "Top-down", about, "% of weights kept")
     tickets(ax, 82, BLUE, SHRINKING, [f"×{n} pruning{'s' * (n > 1)}" for n in SCHEDULE])
     for x in CARDS[1:]:
