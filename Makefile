@@ -32,7 +32,7 @@ reproduce: $(VENV)/installed
 	$(RUN) -m tools.reproduce $(if $(filter 1,$(FULL)),--full) $(FLAGS)
 
 test: $(VENV)/installed-dev lint
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadscope
 
 soak: $(VENV)/installed-dev
 	$(RUN) tests/soak.py --kills 120

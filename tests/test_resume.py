@@ -112,7 +112,7 @@ def test_finished_steps_are_kept_and_the_run_prints_where_it_resumes(scripts, re
     before = [path.stat().st_mtime_ns for path in files]
     ended = scripts.run(argv, tmp_path)
     assert [path.stat().st_mtime_ns for path in files] == before
-    assert "  folder    run, resumes after task2_ticket\n" in ended.out
+    assert "  folder   run, resumes after task2_ticket\n" in ended.out
     assert re.search(
         "^task3: resumes at epoch [12] of 2, after batch [0-9]+ of [0-9]+$", ended.out, re.M
     )
