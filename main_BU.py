@@ -119,11 +119,10 @@ def stay_or_regrow(model, task, run, dense, masked, current):
     """
     dense_mean, masked_mean = (sum(trainer.percentages(c)) / task.t for c in (dense, masked))
     cost = dense_mean - masked_mean
-    stays = cost < run.args.accept_decay
-    decision = "stays" if stays else "re-grows"
-    run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it {decision}")
-    if stays:
+    if cost < run.args.accept_decay:
+        run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
         return current, None, []
+    run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
     return regrow(model, task, run, trainer.pooled(dense), current)
 
 
@@ -187,9 +186,8 @@ def next_task(model, t, run, start, current):
     pruning_utils.load_state(model, start)
     trained = trainer.train_task(model, task, run, f"task{t}")
     pruning_utils.load_state(model, start, current)
-    best = f"task{t}_best_prun_model.pt"
-    trained_masked = trainer.train_task(model, task, run, f"task{t}_prun", best)
-    pruning_utils.load_state(model, trained_masked.best_state)
+    pruned = trainer.train_task(model, task, run, f"task{t}_prun", f"task{t}_best_prun_model.pt")
+    pruning_utils.load_state(model, pruned.best_state)
     accuracy, masked = evaluate(model, task, run, "prun")
     pruning_utils.load_state(model, trained.best_state)
     dense_accuracy, dense = evaluate(model, task, run, "dense")
@@ -202,7 +200,7 @@ def next_task(model, t, run, start, current):
         density=pruning_utils.density(current),
         **pruning_utils.ticket_record(masks),
         dense_accuracy=dense_accuracy,
-        training=trained_masked.summary(),
+        training=pruned.summary(),
         dense_training=trained.summary(),
         **found,
     )
