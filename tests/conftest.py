@@ -1,21 +1,49 @@
-"""What the tests share: a tiny data set in memory, and the arguments of a tiny run."""
+"""What the tests share: the device, a tiny data set in memory, the arguments of a tiny run."""
 
 import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
 
+import os
 from argparse import Namespace
 
 import processes
 import pytest
 import torch
 
+import utils
 from dataset import Data
 from datasets import prepare
 from models import build_model
 from runtime.run import Run
 
 
+def pytest_addoption(parser):
+    message = "device of the tests marked device: cpu (default) or cuda; mps has no float64"
+    parser.addoption("--device", default="cpu", metavar="NAME", help=message)
+
+
 @pytest.fixture
-def args(tmp_path):
+def device(request):
+    """The torch.device of --device in tests marked for it, in all others the CPU."""
+    marked = request.node.get_closest_marker("device")
+    # for the fixture `deterministic`: cuBLAS reads it once, before the first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return pick_device(request.config.getoption("--device") if marked else "cpu")
+
+
+@pytest.fixture
+def deterministic(device):
+    """The same bits every time, as with --deterministic (a CPU gives them anyway)."""
+    pick_device(str(device), deterministic=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pick_device(name, deterministic=False):
+    return utils.pick_device(Namespace(device=name, gpu=0, deterministic=deterministic))
+
+
+@pytest.fixture
+def args(tmp_path, device):
     """The flags of a tiny run: 3 tasks of 2 classes."""
     return Namespace(
         dataset="digits",
@@ -39,7 +67,7 @@ def args(tmp_path):
         print_freq=50,
         arch="resnet18",
         precision="fp32",
-        device="cpu",
+        device=str(device),
         gpu=0,
         deterministic=False,
         criterion="magnitude",
@@ -49,13 +77,13 @@ def args(tmp_path):
 
 
 @pytest.fixture
-def data():
+def data(device):
     """Six classes of random 16x16 images; those of class c are about 40*c bright."""
     generator = torch.Generator().manual_seed(0)
 
     def part(per_class):
         noise = {c: torch.rand(per_class + c, 16, 16, 3, generator=generator) for c in range(6)}
-        return {c: (40 * c + 50 * x).to(torch.uint8) for c, x in noise.items()}
+        return {c: (40 * c + 50 * x).to(device, torch.uint8) for c, x in noise.items()}
 
     train = part(11)
     return Data(
@@ -67,9 +95,9 @@ def data():
         val=part(4),
         test=part(5),
         exemplars={c: images[:4] for c, images in train.items()},
-        pool=(255 * torch.rand(60, 16, 16, 3, generator=generator)).to(torch.uint8),
-        mean=torch.full((3, 1, 1), 0.5),
-        std=torch.full((3, 1, 1), 0.25),
+        pool=(255 * torch.rand(60, 16, 16, 3, generator=generator)).to(device, torch.uint8),
+        mean=torch.full((3, 1, 1), 0.5, device=device),
+        std=torch.full((3, 1, 1), 0.25, device=device),
         pad=4,
     )
 

@@ -18,7 +18,7 @@ from runtime.errors import UserError
 CPU = torch.device("cpu")
 
 
-def make(seed, width=4):
+def make(seed, width=4, device=CPU):
     """A small network in float64 whose BatchNorm and heads are not the initial ones."""
     torch.manual_seed(seed)
     model = ResNet18(2, 3, width).double()
@@ -26,7 +26,7 @@ def make(seed, width=4):
         for key, value in model.state_dict().items():
             if "bn" in key or "linear" in key:
                 value.copy_(10 * torch.rand(value.shape) + 1)
-    return model
+    return model.to(device)
 
 
 def shake(*models, seed):
@@ -35,7 +35,7 @@ def shake(*models, seed):
         generator = torch.Generator().manual_seed(seed)
         for weight in pruning_utils.weights(model).values():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-            weight.add_(noise * weight.std())
+            weight.add_(noise.to(weight.device) * weight.std())
 
 
 def random_masks(model, seed, share=0.5):
@@ -48,7 +48,7 @@ def random_masks(model, seed, share=0.5):
 
 def same(a, b):
     """Whether two dicts hold the same tensors, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key].cpu()) for key in a)
 
 
 def same_masks(a, b):
@@ -79,9 +79,12 @@ def prune_by_torch(model, percent, current=True):
     }
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("percent", [0.2, 0.37])
-def test_pruning_by_magnitude_is_torchs_global_pruning_of_the_current_weights(args, percent):
-    ours, args.percent = make(0), percent
+def test_pruning_by_magnitude_is_torchs_global_pruning_of_the_current_weights(
+    args, device, percent
+):
+    ours, args.percent = make(0, device=device), percent
     theirs, stale = copy.deepcopy(ours), copy.deepcopy(ours)
     as_published = []
     for number in range(5):
@@ -150,10 +153,11 @@ def plain_prune(scores, masks, percent, kept):
     return {name: part.view_as(masks[name]) for name, part in zip(masks, parts)}
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("coarse", [False, True])
-def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(coarse):
+def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(device, coarse):
     """coarse: scores in steps of 0.1, so that nearly every threshold is a tie."""
-    model = make(1)
+    model = make(1, device=device)
     kept = pruning_utils.masks_of(model)
     for number in range(3):
         shake(model, seed=number)

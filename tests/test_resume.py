@@ -164,7 +164,8 @@ def stopped_and_resumed(args, data, folder, monkeypatch, stop):
     args.save_dir, args.save_data_path = str(folder), str(folder / "data")
     args.epochs, args.decreasing_lr, args.iter_epochs, args.lr = 3, [1, 2], 2, 0.05
     generator = torch.Generator().manual_seed(6)
-    task = trainer.make_task(data, 2, (data.pool[:12], *torch.randn(2, 12, 2, generator=generator)))
+    device, logits = data.pool.device, torch.randn(2, 12, 2, generator=generator)
+    task = trainer.make_task(data, 2, (data.pool[:12], *logits.to(device)))
     checks = iter(range(10**6))
 
     def check_signals():
@@ -173,7 +174,7 @@ def stopped_and_resumed(args, data, folder, monkeypatch, stop):
 
     monkeypatch.setattr(trainer, "check_signals", check_signals)
     for _ in range(2):
-        model = trainer.make_model(args, torch.device("cpu"))
+        model = trainer.make_model(args, device)
         optimizer = trainer.make_optimizer(model, args, args.lr / 100)
         try:
             run = Run("test", args, data, model)
@@ -189,6 +190,8 @@ def stopped_and_resumed(args, data, folder, monkeypatch, stop):
     raise AssertionError("it did not resume")
 
 
+@pytest.mark.device
+@pytest.mark.usefixtures("deterministic")
 def test_a_loop_stopped_anywhere_resumes_to_the_same_bits(args, data, tmp_path, monkeypatch):
     checks, *expected = stopped_and_resumed(args, data, tmp_path / "all", monkeypatch, None)
     assert checks > 30

@@ -15,6 +15,7 @@ import pruning_utils
 import teaching
 import test as test_script
 import trainer
+import utils
 from datasets import prepare
 from models import build_model
 from runtime import metrics, process
@@ -25,7 +26,7 @@ from tools import report
 BASE = ["--dataset", "digits", "--classifiers", "3", "--width", "4"]
 TRAIN = [*BASE, "--epochs", "2", "--batch_size", "48"]
 TINY = [*TRAIN, "--unlabel_num", "2"]
-pytestmark = pytest.mark.usefixtures("few_digits")
+pytestmark = pytest.mark.usefixtures("few_digits", "on_device")
 
 
 def results(folder, name="results.json"):
@@ -80,6 +81,12 @@ def run_test(path, *flags):
 
 
 @pytest.fixture
+def on_device(device, monkeypatch):
+    """The scripts find this device, and no other."""
+    monkeypatch.setattr(utils, "pick_device", lambda args: device)
+
+
+@pytest.fixture
 def starts(monkeypatch):
     """The state dicts from which train_task() was called, in order."""
     seen, real = [], trainer.train_task
@@ -102,7 +109,8 @@ def falling_accuracies(monkeypatch):
 # ------------------------------------------------------------------------------ main_CIL
 
 
-def test_CIL_trains_all_tasks_and_writes_its_records(tmp_path, capsys):
+@pytest.mark.device
+def test_CIL_trains_all_tasks_and_writes_its_records(tmp_path, device, capsys):
     run = run_CIL(tmp_path)
     matrix = [row["accuracy"] for row in run["states"]]
     assert [len(row) for row in matrix] == [1, 2, 3]
@@ -111,7 +119,7 @@ def test_CIL_trains_all_tasks_and_writes_its_records(tmp_path, capsys):
     assert run["average_incremental_accuracy"] == metrics.average_incremental_accuracy(matrix)
     assert run["forgetting"] == metrics.forgetting(matrix)
     assert run["config"]["epochs"] == 2 and run["versions"]["torch"] == torch.__version__
-    assert run["device"].startswith(("cpu", "cuda", "mps"))
+    assert run["device"].startswith(str(device))
     log = (tmp_path / "log_results.txt").read_text().splitlines()
     assert log[0].split("\t")[:5] == ["state", "task1", "task2", "task3", "mean"]
     assert log[3].split("\t")[3] == f"{matrix[2][2]:.2f}"
@@ -143,6 +151,7 @@ def test_CIL_tests_best_models_and_continues_from_them(tmp_path, falling_accurac
 # ------------------------------------------------------------------------------ main_TD
 
 
+@pytest.mark.device
 def test_TD_follows_the_curriculum(tmp_path, monkeypatch, starts):
     retrained, real = [], trainer.retrain
 
@@ -359,6 +368,7 @@ def test_BU_regrowth(model, retrain_to, accuracies, prunings, changes, why):
     assert masks_are(state, masks)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("accept", ["-1000", "1000"])
 def test_BU_regrows_or_keeps_its_mask(tmp_path, starts, accept):
     """--accept_decay -1000 makes every task re-grow, 1000 none."""
@@ -468,6 +478,7 @@ def test_without_retraining_the_pruned_model_is_what_was_trained(tmp_path):
 # ------------------------------------------------------------------------------ main_train, test
 
 
+@pytest.mark.device
 def test_a_ticket_is_retrained_and_tested(tmp_path, starts, capsys):
     """The task-rewound ticket: the mask of task 2 on the dense weights of task 1."""
     run_BU(tmp_path, "--accept_decay", "-1000")
@@ -575,7 +586,7 @@ def test_resnet32_through_all_scripts(tmp_path):
 
 
 SCRIPTS = ["main_TD", "main_BU", "main_CIL", "main_train", "test", "dataset"]
-TOOLS = ["report", "reproduce", "method_figure"]
+TOOLS = ["report", "reproduce", "gpu", "method_figure"]
 COMMANDS = [[f"{name}.py"] for name in SCRIPTS] + [["-m", f"tools.{name}"] for name in TOOLS]
 
 

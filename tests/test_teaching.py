@@ -39,9 +39,10 @@ def random_features(m, p, d, seed=0, dtype=torch.float64):
         (9, 97, 8, 11),
     ],
 )
-def test_query_equals_brute_force(m, p, d, num):
+@pytest.mark.device
+def test_query_equals_brute_force(device, m, p, d, num):
     exemplars, pool = random_features(m, p, d)
-    found = teaching.query(exemplars, pool, num)
+    found = teaching.query(exemplars.to(device), pool.to(device), num)
     assert found.dtype == torch.int64
     assert found.tolist() == reference.query(exemplars, pool, num)
 
@@ -73,13 +74,14 @@ def test_a_pool_that_runs_out_is_taken_once(m, p, num):
     assert sorted(found) == list(range(p))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("m, p, d", [(15, 41, 3), (15, 257, 64), (2, 41, 4), (3, 1003, 4)])
-def test_of_equal_pool_images_the_lower_index_comes_first(m, p, d, dtype):
+def test_of_equal_pool_images_the_lower_index_comes_first(device, m, p, d, dtype):
     """Rounding must not separate equal images, wherever they are in the pool."""
     exemplars, images = random_features(m, 20, d, dtype=dtype)
     pool = images[torch.randint(20, (p,), generator=torch.Generator().manual_seed(1))]
-    found = teaching.query(exemplars, pool, 2)
+    found = teaching.query(exemplars.to(device), pool.to(device), 2)
     assert found.tolist() == reference.query(exemplars, pool, 2)
 
 
@@ -128,10 +130,10 @@ def test_features_far_from_zero_lose_no_digits():
 
 
 @pytest.fixture
-def teacher(args):
+def teacher(args, device):
     """A network whose BatchNorm statistics are not the initial ones, in training mode."""
-    model = trainer.make_model(args, torch.device("cpu"))
-    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model = trainer.make_model(args, device)
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2)).to(device)
     model.train().features(2 * x + 1)
     return model
 
@@ -171,9 +173,10 @@ def test_the_files_of_teaching(teacher, data, args, run, t, n):
     }
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_the_query_is_by_the_features_of_all_exemplars_so_far(
-    teacher, data, args, run, monkeypatch, t
+    teacher, data, args, run, device, monkeypatch, t
 ):
     """In float64, where rounding cannot decide which of two images is nearer."""
     normalize = dataset.normalize
@@ -182,9 +185,9 @@ def test_the_query_is_by_the_features_of_all_exemplars_so_far(
     selected = teach(teacher, data, run, t)
 
     def features(images):
-        x = reference.normalize(images, [0.5] * 3, [0.25] * 3)
+        x = reference.normalize(images.cpu(), [0.5] * 3, [0.25] * 3)
         with torch.no_grad():
-            return teacher.eval()(x, is_feature=True)
+            return teacher.eval()(x.to(device), is_feature=True).cpu()
 
     exemplars = torch.cat([data.exemplars[c] for c in ORDER[: 2 * t]])
     wanted = reference.query(features(exemplars), features(data.pool), args.unlabel_num)

@@ -20,17 +20,18 @@ from runtime.process import Interrupted
 from runtime.run import Run
 
 CPU = torch.device("cpu")
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # float64: far above rounding, far below any mistake
+# float64: far above rounding, far below any mistake; what was read from a file is on the CPU
+CLOSE = {"rtol": 1e-9, "atol": 1e-11, "check_device": False}
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 
 # ------------------------------------------------------------------------------ helpers
 
 
-def make_pair(classifiers=5, arch="resnet18"):
+def make_pair(classifiers=5, arch="resnet18", device=CPU):
     """The same narrow network twice, in float64: for the code under test and the reference."""
     torch.manual_seed(1)
-    model = BACKBONES[arch](2, classifiers, width=4).double()
+    model = BACKBONES[arch](2, classifiers, width=4).to(device, torch.float64)
     return model.train(), copy.deepcopy(model).train()
 
 
@@ -61,6 +62,11 @@ def sub_batches(k, n_random, n_new, n_old, n_unlabeled, seed=3):
         labeled(n_old, 0, 2 * (k - 1), generator),
         (images(n_unlabeled, generator), *(3 * logits)),
     )
+
+
+def on(device, batch):
+    """A batch, or a tuple of sub-batches, on the device."""
+    return tuple(on(device, each) if type(each) is tuple else each.to(device) for each in batch)
 
 
 def plain_sgd(model, lr=LR):
@@ -114,6 +120,7 @@ def train_epochs(model, optimizer, task, args, epochs=1):
 KD_SIZES = [(6, 3, 3, 6), (2, 3, 1, 6), (6, 1, 3, 2), (1, 3, 3, 6)]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "kind, k, sub, sizes, arch",
@@ -126,9 +133,9 @@ KD_SIZES = [(6, 3, 3, 6), (2, 3, 1, 6), (6, 1, 3, 2), (1, 3, 3, 6)]
         ("exemplars_loss", 3, 7, [(7, 2, 4, 1)] * 3, "resnet18"),
     ],
 )
-def test_steps_equal_those_of_separate_passes(args, kind, k, sub, sizes, arch, masked):
+def test_steps_equal_those_of_separate_passes(args, device, kind, k, sub, sizes, arch, masked):
     """Task 1: two passes; with teaching five, the published ones; with --no_teaching three."""
-    ours, plain = make_pair(arch=arch)
+    ours, plain = make_pair(arch=arch, device=device)
     # made before the masks, as in main_TD: the parameters must stay the same objects
     optimizer = trainer.make_optimizer(ours, args, LR)
     if masked:
@@ -137,11 +144,11 @@ def test_steps_equal_those_of_separate_passes(args, kind, k, sub, sizes, arch, m
     plain_optimizer = plain_sgd(plain)
     for seed, size in enumerate(sizes):
         if k == 1:
-            inputs = labeled(size, 0, 2, torch.Generator().manual_seed(seed))
+            inputs = on(device, labeled(size, 0, 2, torch.Generator().manual_seed(seed)))
             loss = trainer.task1_loss(ours, *inputs)
         else:
             parts = 4 if kind == "kd_loss" else 3
-            inputs = (k, sub, sub_batches(k, *size, seed=seed)[:parts])
+            inputs = (k, sub, on(device, sub_batches(k, *size, seed=seed)[:parts]))
             loss = trainer.kd_loss(ours, *inputs)
         wanted = getattr(reference, kind)(plain, *inputs)
         torch.testing.assert_close(loss, wanted, **CLOSE)
@@ -199,8 +206,11 @@ def relative(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("masked", [False, True])
-def test_steps_in_bf16_are_close_to_fp32_and_keep_everything_in_fp32(args, masked, monkeypatch):
+def test_steps_in_bf16_are_close_to_fp32_and_keep_everything_in_fp32(
+    args, device, masked, monkeypatch
+):
     """Rounding to bf16 is off by up to 2^-9; over some 40 layers that adds up to about 1 %.
 
     It also switches ReLUs that are near zero on or off, which alone changes a gradient by 20 %
@@ -209,12 +219,12 @@ def test_steps_in_bf16_are_close_to_fp32_and_keep_everything_in_fp32(args, maske
     monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.softplus)
     batches = [
         [tensor.float() if tensor.is_floating_point() else tensor for tensor in batch]
-        for batch in sub_batches(2, 12, 6, 6, 12)
+        for batch in on(device, sub_batches(2, 12, 6, 6, 12))
     ]
     found = {}
     for precision in ("fp32", "bf16"):
         args.precision = precision
-        model = trainer.make_model(args, CPU).train()
+        model = trainer.make_model(args, device).train()
         optimizer = trainer.make_optimizer(model, args, LR)
         masks = random_masks(model) if masked else {}
         pruning_utils.apply_mask(model, masks)
@@ -941,8 +951,9 @@ def test_an_optimizer_that_is_given_keeps_its_momentum(args, run, data, monkeypa
 # ------------------------------------------------------------------------------ a complete task
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("t", [1, 2])
-def test_a_task_equals_that_of_the_plain_code(args, run, data, monkeypatch, in_float64, t):
+def test_a_task_equals_that_of_the_plain_code(args, device, run, monkeypatch, in_float64, t):
     """The same batches: each epoch's learning rate and accuracy, the best and the last state."""
     batches, name = [], "kd_loss" if t > 1 else "task1_loss"
     loss = getattr(trainer, name)
@@ -951,8 +962,8 @@ def test_a_task_equals_that_of_the_plain_code(args, run, data, monkeypatch, in_f
     )
     args.epochs, args.decreasing_lr, args.lr, args.batch_size = 3, [2], 0.05, 40
     generator = torch.Generator().manual_seed(6)
-    logits = torch.randn(2, 12, 2, generator=generator, dtype=torch.float64)
-    ours = trainer.make_model(args, CPU).double()
+    logits = torch.randn(2, 12, 2, generator=generator, dtype=torch.float64).to(device)
+    ours, data = trainer.make_model(args, device).double(), run.data
     plain = copy.deepcopy(ours)
     task = trainer.make_task(data, t, (data.pool[:12], *logits) if t > 1 else None)
     found = trainer.train_task(ours, task, run, f"task{t}")
@@ -982,17 +993,18 @@ def test_a_task_equals_that_of_the_plain_code(args, run, data, monkeypatch, in_f
 def val_images(data, t):
     """The normalized val images of the classes of tasks 1..t, with their labels."""
     for label, c in enumerate([3, 1, 5, 0, 2, 4][: 2 * t]):
-        x = reference.normalize(data.val[c], [0.5] * 3, [0.25] * 3)
-        yield x, torch.full((len(x),), label)
+        x = reference.normalize(data.val[c].cpu(), [0.5] * 3, [0.25] * 3)
+        yield x.to(data.pool.device), torch.full((len(x),), label)
 
 
 # ------------------------------------------------------------------------------ evaluation
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_accuracies_are_by_the_balanced_heads_so_far(args, run, data, in_float64, t):
+def test_accuracies_are_by_the_balanced_heads_so_far(args, device, run, data, in_float64, t):
     """On all classes so far together; heads to come would win every image here."""
-    model, _ = make_pair(classifiers=3)
+    model, _ = make_pair(classifiers=3, device=device)
     for head in range(3):
         for kind in (model.linear, model.linear_main):
             kind[head].bias.data.fill_(1e3 if head >= t else 0)
