@@ -2,7 +2,8 @@
 
     python benchmarks/bench.py                       all rows; about half an hour on 2 cores
     python benchmarks/bench.py --rows kd_step,prune  some of them
-    python benchmarks/bench.py --out bench.json      write the times as JSON too
+    python benchmarks/bench.py --out bench.json      write the times as JSON too, after each row;
+                                                     rows that are there are not measured again
 
 Each row is measured in up to three ways: published, ours in fp32, and ours in bf16 where that makes
 a difference. Each way has its own process; they take turns, and the result is the median. The
@@ -153,7 +154,8 @@ def task1_step(way, width, device):
     )
 
 
-def kd_step(way, width, device, t=3):
+def kd_setting(way, width, device, t):
+    """What a step of task t needs: network, optimizer, size of a random batch, sub-batches."""
     args = make_args(way, width, max(t, TASKS))
     data = make_data(device, max(t, TASKS), per_class=200)
     model, optimizer = make_network(way, args, device, masked=True)
@@ -165,6 +167,11 @@ def kd_step(way, width, device, t=3):
         (dataset.normalize(images[:size], data), *(other[:size] for other in others))
         for (images, *others), size in zip(parts, sizes)
     ]
+    return model, optimizer, sub, batches
+
+
+def kd_step(way, width, device, t=3):
+    model, optimizer, sub, batches = kd_setting(way, width, device, t)
     if way == "published":
         batches = [[tensor.contiguous() for tensor in batch] for batch in batches]
         return lambda: timed_step(
@@ -325,6 +332,17 @@ def ways_of(name):
     return WAYS[1:2] if name.startswith("query_") else WAYS  # the published query takes minutes
 
 
+def images_of(name):
+    """Images of a step, or about those of an epoch; None for a row without training."""
+    if not name.startswith(("task1_", "kd_")):
+        return None
+    t = 1 if name.startswith("task1_") else getattr(ROWS[name], "keywords", {}).get("t", 3)
+    sub = trainer.random_batch_size(make_args("published", 1), t)
+    random = TRAIN * CLASSES + 100 * CLASSES * (t - 1) if name.endswith("_epoch") else sub
+    others = sub // t + sub * (t - 1) // t + sub if t > 1 else 0
+    return random + -(-random // sub) * others
+
+
 def answer(pipe):
     """What the process at the other end sends. Raises UserError when it has ended."""
     try:
@@ -355,7 +373,7 @@ def measure(name, width, device, repeats, bar):
         pipes[way].send(False)
     for process in processes:
         process.join()
-    row = {"name": name, "ways": ways}
+    row = {"name": name, "ways": ways, "images": images_of(name)}
     row |= {f"{way}_s": None for way in WAYS} | {"ratio_fp32": None, "ratio_bf16": None}
     for way in ways:
         seconds, before, peak = zip(*figures[way])
@@ -369,12 +387,17 @@ def measure(name, width, device, repeats, bar):
 
 
 def table(rows):
-    """The rows as a Markdown table. Memory: GiB before the work and at its peak, of each way."""
-    lines = ["| row | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 | memory |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """The rows as a Markdown table.
+
+    Of each way: images/s in training; memory in GiB, before the work and at its peak.
+    """
+    names = "row", *(way.replace("_", ", ") for way in WAYS), "ratio fp32", "ratio bf16"
+    lines = [f"| {' | '.join(names)} | images/s | memory |", "|---" * 8 + "|"]
     for row in rows:
         cells = [seconds(row[f"{way}_s"]) for way in WAYS]
         cells += [f"{row[r]:.2f}" if row[r] else "" for r in ("ratio_fp32", "ratio_bf16")]
+        speeds = (f"{row['images'] / row[f'{way}_s']:.0f}" for way in row["ways"])
+        cells.append(", ".join(speeds) if row.get("images") else "")
         gib = (f"{row[f'{w}_before_gib']:.1f}-{row[f'{w}_peak_gib']:.1f}" for w in row["ways"])
         cells.append(", ".join(gib))
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
@@ -385,13 +408,27 @@ def seconds(s):
     return "" if s is None else f"{s:.1f} s" if s >= 10 else f"{s:.3f} s"
 
 
+def earlier_rows(path, results):
+    """{name: row} of those that the file `path` holds of this device, PyTorch and width."""
+    try:
+        found = json.loads(Path(path).read_text())
+        same = all(found[key] == value for key, value in results.items())
+        return {row["name"]: row for row in found["rows"]} if same else {}
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or another's
+        return {}
+
+
+def save_rows(path, results, rows):
+    save_text(path, json.dumps(results | {"rows": [*rows.values()]}, indent=1) + "\n")
+
+
 def main(argv=None):
     parser = cli.Parser(__doc__)
     flag = parser.add_argument
     flag("--device", default="auto", help="as in the scripts (default auto)")
     parser.set_defaults(gpu=0, deterministic=False)
     flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
-    flag("--out", metavar="FILE", help="write the results as JSON")
+    flag("--out", type=cli.path, metavar="FILE", help="write the results as JSON, and resume them")
     flag("--rows", metavar="A,B,..", help=f"default: {','.join(ROWS)}")
     flag("--repeats", type=cli.int_range(1), default=3, metavar="N", help="default %(default)s")
     args = parser.parse_args(argv)
@@ -406,19 +443,20 @@ def main(argv=None):
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "width": args.width,
-        "rows": [],
     }
     machine = f"{results['device']}, {results['cpu']}, {results['threads']} CPU threads"
     print(f"{machine}, PyTorch {torch.__version__}", flush=True)
-    turns = sum(len(ways_of(name)) for name in names) * args.repeats
+    rows = earlier_rows(args.out, results) if args.out else {}
+    missing = [name for name in names if name not in rows]
+    turns = sum(len(ways_of(name)) for name in missing) * args.repeats
     with tqdm(total=turns, disable=None, leave=False) as bar:
-        for name in names:
-            results["rows"].append(measure(name, args.width, device, args.repeats, bar))
+        for name in missing:
+            rows[name] = measure(name, args.width, device, args.repeats, bar)
             if bar.disable:
-                print(table(results["rows"][-1:]).splitlines()[-1], flush=True)
-    print(table(results["rows"]))
-    if args.out:
-        save_text(args.out, json.dumps(results, indent=1) + "\n")
+                print(table([rows[name]]).splitlines()[-1], flush=True)
+            if args.out:
+                save_rows(args.out, results, rows)
+    print(table([rows[name] for name in names]))
 
 
 if __name__ == "__main__":

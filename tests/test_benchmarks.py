@@ -17,6 +17,7 @@ from runtime.errors import UserError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
 import precision
+import profile_step
 import published
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -143,8 +144,8 @@ def test_an_epoch_is_estimated_from_its_first_steps(monkeypatch):
     assert done == [0, 1, 2, 3]
 
 
-def test_benchmark_from_the_command_line(tmp_path, capsys):
-    """Two rows, each way in its own process, printed and written."""
+def test_benchmark_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """Two rows, each way in its own process, printed and written, and not measured again."""
     out = tmp_path / "bench.json"
     flags = ["--device", "cpu", "--width", "1", "--repeats", "1", "--out", str(out)]
     bench.main([*flags, "--rows", "kd_step,prune"])
@@ -155,7 +156,34 @@ def test_benchmark_from_the_command_line(tmp_path, capsys):
     for kind in ("fp32", "bf16"):
         assert steps[f"ratio_{kind}"] == steps["published_s"] / steps[f"ours_{kind}_s"] > 0
     assert prunings["ours_bf16_s"] is prunings["ratio_bf16"] is None
-    assert "| kd_step |" in capsys.readouterr().out
+    assert steps["images"] == 64 + 21 + 42 + 64 and prunings["images"] is None
+    printed = capsys.readouterr().out.splitlines()[-2:]
+    assert printed[0].startswith("| kd_step |")
+
+    def measure(name, width, *_):
+        raise UserError(f"{name} at width {width}")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    bench.main([*flags, "--rows", "prune,kd_step"])
+    assert capsys.readouterr().out.splitlines()[-2:] == printed[::-1]
+    for more, message in (["--rows", "kd_step,query"], "query at width 1"), (["--width", "2"], "2"):
+        with pytest.raises(UserError, match=message):
+            bench.main([*flags, *more])
+    assert json.loads(out.read_text()) == results
+
+
+def test_the_table_of_profiles():
+    """The ratio is to the eager step; a GPU's kernels, a CPU's operators, and why there is none."""
+    eager = {"precision": "fp32", "way": "eager", "seconds": 0.02, "first_seconds": 3.0}
+    cuda = {"kernel_seconds": 0.005, "kernels": 700, "launches": 650}
+    graph = eager | cuda | {"way": "graph", "seconds": 0.01}
+    failed = {"precision": "bf16", "way": "compile", "failed": "no | compiler"}
+    table = profile_step.table([eager | {"shares": {"aten::mm": 0.5}}, graph, failed])
+    assert table.splitlines()[2:] == [
+        "| fp32 | eager | 20.00 ms | 9550 | 1.00 | 3.0 s | 50 % aten::mm |",
+        "| fp32 | graph | 10.00 ms | 19100 | 2.00 | 3.0 s | 50 % in 700 kernels; 650 launches |",
+        "| bf16 | compile |  |  |  |  | failed: no \\| compiler |",
+    ]
 
 
 def test_overlap_and_comparison_of_runs(tmp_path, capsys):
