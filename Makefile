@@ -2,10 +2,13 @@
 # make test         lint and all tests
 # make reproduce    the runs behind docs/evidence.md: CIFAR-10, three seeds, about two hours on two
 #                   cores (FULL=1: the published protocol, for a GPU; FLAGS=...: more flags)
+# make gpu          on a CUDA device, in half an hour (MINUTES=30): tests, benchmark, profile, and as
+#                   much of the published protocol as the time allows; again: goes on with it
 # make soak         kill runs at random moments, 120 times, and compare with undisturbed ones
 # make clean        remove demo/ and .venv/
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 30
 RUN = $(VENV)/bin/python
 
 # What makes the demo small: the digits, a narrow network, few epochs, small batches, hence a
@@ -15,7 +18,7 @@ MODEL = --dataset digits --width 8 --batch_size 64
 TRAIN = $(MODEL) --epochs 10 --decreasing_lr 7,9 --lr 0.05
 TICKETS = $(TRAIN) --unlabel_num 3 --iter_epochs 1
 
-.PHONY: demo reproduce test lint soak clean
+.PHONY: demo reproduce gpu test lint soak clean
 
 # Each script resumes or finds its work done. The fourth line retrains the bottom-up ticket of task
 # 3, task-rewound: its mask on the dense weights of task 2.
@@ -30,6 +33,9 @@ demo: $(VENV)/installed
 
 reproduce: $(VENV)/installed
 	$(RUN) -m tools.reproduce $(if $(filter 1,$(FULL)),--full) $(FLAGS)
+
+gpu: $(VENV)/installed-dev
+	$(RUN) -m tools.gpu --minutes $(MINUTES) $(FLAGS)
 
 test: $(VENV)/installed-dev lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadscope

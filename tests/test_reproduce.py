@@ -138,7 +138,9 @@ def test_the_records_are_copied_and_compared(tmp_path, monkeypatch):
     names = ("CIL/results.json", "CIL/retrain_task3_results.json", "CIL/task1_best_model.pt")
     for name in (*(f"seed1/{name}" for name in names), "seed2/CIL/results.json"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("{}")
+        (out / name).write_text('{"states": [1]}')
+    (out / "seed1" / "BU").mkdir()
+    (out / "seed1" / "BU" / "results.json").write_text('{"states": []}')  # it has just begun
     calls = []
     monkeypatch.setattr(report, "main", calls.append)
     monkeypatch.setattr(reproduce, "plan", lambda args: [])

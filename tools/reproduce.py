@@ -50,10 +50,11 @@ class Job(NamedTuple):
     journal: Path  # the run.json that it writes
 
 
-def parse(argv):
-    parser = cli.Parser(__doc__, "python -m tools.reproduce")
-    flag = parser.add_argument
-    flag("--full", action="store_true", help="the published settings, on all of CIFAR-10")
+def add_protocol_flags(flag, out):
+    """Which runs, with which flags and data, and where; out: the default of --out, for the help.
+
+    flag: the add_argument of a parser.
+    """
     flag(
         "--seeds",
         type=cli.int_list,
@@ -65,7 +66,7 @@ def parse(argv):
         "--out",
         type=cli.path,
         metavar="DIR",
-        help="folder of all runs (default reproduce, or reproduce_full)",
+        help=f"folder of all runs (default {out})",
     )
     flag(
         "--data",
@@ -75,6 +76,24 @@ def parse(argv):
     )
     flag("--raw", type=cli.path, metavar="PATH", help="official files, as in dataset.py")
     flag("--unlabeled", nargs="+", type=cli.path, metavar="PATH", help="pool, as in dataset.py")
+    flag("--flags", metavar="FLAGS", help="more flags of every run, such as '--precision bf16'")
+
+
+def fill_in(args, out):
+    """Check the flags of add_protocol_flags() and fill in the defaults; out: that of --out."""
+    args.out = Path(args.out or out)
+    args.data = args.data or str(args.out / "data")
+    args.flags = args.flags or ""
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    if not args.seeds:
+        raise UserError("--seeds: the list is empty; give seeds such as 0,1,2")
+
+
+def parse(argv):
+    parser = cli.Parser(__doc__, "python -m tools.reproduce")
+    flag = parser.add_argument
+    flag("--full", action="store_true", help="the published settings, on all of CIFAR-10")
+    add_protocol_flags(flag, "reproduce, or reproduce_full")
     flag(
         "--jobs",
         type=cli.int_range(1, 64),
@@ -82,23 +101,24 @@ def parse(argv):
         help="parallel runs, which share the cores (default: one a core; 1 with --full)",
     )
     args = parser.parse_args(argv)
-    args.out = Path(args.out or ("reproduce_full" if args.full else "reproduce"))
-    args.data = args.data or str(args.out / "data")
-    args.seeds = [*dict.fromkeys(args.seeds)]
-    if not args.seeds:
-        raise UserError("--seeds: the list is empty; give seeds such as 0,1,2")
+    fill_in(args, "reproduce_full" if args.full else "reproduce")
     chains = 4 * len(args.seeds)  # see plan(): no more than these can run in parallel
     args.jobs = args.jobs or (1 if args.full else min(usable_cores(), chains))
     return args
 
 
 def plan(args):
-    """Chains of Jobs: those of a chain run in order, the chains in any order."""
+    """Chains of Jobs: those of a chain run in order, the chains in any order.
+
+    args.data: None for an embedded set, which --flags name.
+    """
     reduced = not args.full
-    common, out = f"--data {shlex.quote(args.data)} {TRAIN * reduced}", shlex.quote(str(args.out))
+    data, out = args.data and f"--data {shlex.quote(args.data)}", shlex.quote(str(args.out))
+    common = f"{data or ''} {TRAIN * reduced}"
 
     def job(script, seed, folder, flags="", step=""):
-        flags = f"{common} --seed {seed} --save_dir {out}/seed{seed}/{folder} {flags}"
+        folders = f"--seed {seed} --save_dir {out}/seed{seed}/{folder}"
+        flags = f"{common} {folders} {flags} {args.flags}"
         name = f"seed{seed}/{folder}"
         journal = args.out / name / (f"{step}_run.json" if step else "run.json")
         return Job(f"{name}_{step}" if step else name, shlex.split(f"{script}.py {flags}"), journal)
@@ -127,12 +147,16 @@ def plan(args):
     return chains
 
 
-def prepare_data(args):
-    """Prepare the protocol's data set, or check the one that is there. Raises UserError."""
+def data_command(args):
+    """The command that prepares the protocol's data set, or checks the one that is there."""
     command = ["dataset.py", "--data", args.data, *(DATA * (not args.full)).split()]
     command += ["--raw", args.raw] if args.raw else []
-    command += ["--unlabeled", *args.unlabeled] if args.unlabeled else []
-    if subprocess.call(python(command)):
+    return command + (["--unlabeled", *args.unlabeled] if args.unlabeled else [])
+
+
+def prepare_data(args):
+    """Run data_command(). Raises UserError."""
+    if subprocess.call(python(data_command(args))):
         raise UserError(f"--data {args.data}: cannot be used, see above")
 
 
@@ -150,6 +174,17 @@ def finished(job):
         return False  # the run itself reports what is wrong
 
 
+def log_path(args, name):
+    return args.out / "logs" / (name.replace("/", "_") + ".txt")
+
+
+def last_line(log, start=""):
+    """The last line of a log that is not blank and starts with `start`; '' without one."""
+    lines = log.read_text(errors="replace").split("\n")
+    *_, last = ["", *(line for line in lines if line.strip() and line.startswith(start))]
+    return last
+
+
 def run_chain(chain, args, stop, running):
     """Run the unfinished Jobs of a chain in order. Raises UserError when one fails.
 
@@ -160,7 +195,7 @@ def run_chain(chain, args, stop, running):
     for job in chain:
         if stop.is_set() or finished(job):
             continue
-        log = args.out / "logs" / (job.name.replace("/", "_") + ".txt")
+        log = log_path(args, job.name)
         start = time.monotonic()
         print(f"{job.name}: started", flush=True)
         with open(log, "a") as file:
@@ -172,12 +207,10 @@ def run_chain(chain, args, stop, running):
                 process.terminate()
             status = process.wait()
             running.remove(process)
-        lines = log.read_text(errors="replace").split("\n")
         if status:
-            *_, last = ["", *filter(str.strip, lines)]
-            raise UserError(f"{log}: ends with status {status}: {last}")
-        *_, state = ["", *(line for line in lines if line.startswith("state"))]
-        print(f"{job.name}: {time.monotonic() - start:.0f} s, {state}", flush=True)
+            raise UserError(f"{log}: ends with status {status}: {last_line(log)}")
+        seconds = time.monotonic() - start
+        print(f"{job.name}: {seconds:.0f} s, {last_line(log, 'state')}", flush=True)
 
 
 def run_all(chains, args):
@@ -195,20 +228,24 @@ def run_all(chains, args):
             raise
 
 
-def collect(args):
-    """Copy the records of all runs to DIR/results and compare them there."""
+def copy_records(args):
+    """Copy the records of all runs with a result to DIR/results.
+
+    Returns the arguments with which tools.report compares them.
+    """
     folders = set()
     found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
     for path in found:
-        copy = args.out / "results" / path.relative_to(args.out)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        folders.add(str(copy.parent))
-    report.main([*sorted(folders), "--out", str(args.out / "results")])
+        if json.loads(path.read_text())["states"]:
+            copy = args.out / "results" / path.relative_to(args.out)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            folders.add(str(copy.parent))
+    return [*sorted(folders), "--out", str(args.out / "results")]
 
 
-def main(argv=None):
-    args = parse(argv)
+def make_folders(args):
+    """Make --out and its folder of logs. Raises UserError."""
     try:
         (args.out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,9 +253,14 @@ def main(argv=None):
         raise UserError(
             f"--out {args.out}: cannot be written ({reason}); name another folder"
         ) from None
+
+
+def main(argv=None):
+    args = parse(argv)
+    make_folders(args)
     prepare_data(args)
     run_all(plan(args), args)
-    collect(args)
+    report.main(copy_records(args))
 
 
 if __name__ == "__main__":
