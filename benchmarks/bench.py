@@ -10,7 +10,7 @@ a difference. Each way has its own process; they take turns, and the result is t
 images are random pixels, on which the time does not depend. On a CPU only a few batches of an epoch
 are run: an epoch's time is that of the first batch, with the start of the workers, plus that of
 another one times their number. Ours includes runtime.process.keep_freed_memory, as in our scripts;
-NOTES.md says what it gains by itself.
+NOTES.md says what it gains by itself. machine.py has rows of its own: busy, start and memory.
 """
 
 import functools
@@ -301,6 +301,8 @@ ROWS["query_large"] = functools.partial(query, exemplars=10_000, pool=150_000, n
 
 # ------------------------------------------------------------------------------ taking turns
 
+RSS_UNIT = 1 if platform.system() == "Darwin" else 1024  # bytes, of getrusage's ru_maxrss
+
 
 def peak_gib(device):
     """Peak memory so far, in GiB: of this process (without its data-loading children), or of
@@ -309,8 +311,7 @@ def peak_gib(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
 
 
 def serve(pipe, name, way, width, device):
@@ -386,6 +387,16 @@ def measure(name, width, device, repeats, bar):
     return row
 
 
+def tables(rows):
+    """The rows as Markdown: a table of those above, and one of those in machine.py."""
+    import machine
+
+    ours = [row for row in rows if row["name"] in machine.ROWS]
+    others = [row for row in rows if row not in ours]
+    found = [make(some) for make, some in ((table, others), (machine.table, ours)) if some]
+    return "\n\n".join(found)
+
+
 def table(rows):
     """The rows as a Markdown table.
 
@@ -423,20 +434,24 @@ def save_rows(path, results, rows):
 
 
 def main(argv=None):
+    import machine  # which imports this module
+
     parser = cli.Parser(__doc__)
     flag = parser.add_argument
     flag("--device", default="auto", help="as in the scripts (default auto)")
     parser.set_defaults(gpu=0, deterministic=False)
     flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
     flag("--out", type=cli.path, metavar="FILE", help="write the results as JSON, and resume them")
-    flag("--rows", metavar="A,B,..", help=f"default: {','.join(ROWS)}")
+    rows = ",".join([*ROWS, *machine.ROWS])
+    flag("--rows", metavar="A,B,..", help=f"default: {rows} (the last three: CPU only)")
     flag("--repeats", type=cli.int_range(1), default=3, metavar="N", help="default %(default)s")
     args = parser.parse_args(argv)
-    names = args.rows.split(",") if args.rows else list(ROWS)
-    for name in names:
-        if name not in ROWS:
-            raise UserError(f"--rows {name}: unknown, give some of {', '.join(ROWS)}")
     device = utils.pick_device(args)
+    known = [*ROWS, *machine.ROWS] if device.type == "cpu" else [*ROWS]
+    names = args.rows.split(",") if args.rows else known
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rows {name}: unknown, give some of {', '.join(known)}")
     results = {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -444,19 +459,22 @@ def main(argv=None):
         "threads": torch.get_num_threads(),
         "width": args.width,
     }
-    machine = f"{results['device']}, {results['cpu']}, {results['threads']} CPU threads"
-    print(f"{machine}, PyTorch {torch.__version__}", flush=True)
+    cpu = f"{results['cpu']}, {results['threads']} CPU threads"
+    print(f"{results['device']}, {cpu}, PyTorch {torch.__version__}", flush=True)
     rows = earlier_rows(args.out, results) if args.out else {}
     missing = [name for name in names if name not in rows]
-    turns = sum(len(ways_of(name)) for name in missing) * args.repeats
+    turns = sum(machine.TURNS.get(name) or len(ways_of(name)) for name in missing) * args.repeats
     with tqdm(total=turns, disable=None, leave=False) as bar:
         for name in missing:
-            rows[name] = measure(name, args.width, device, args.repeats, bar)
+            if name in machine.ROWS:
+                rows[name] = machine.measure(name, args.width, args.repeats, bar)
+            else:
+                rows[name] = measure(name, args.width, device, args.repeats, bar)
             if bar.disable:
-                print(table([rows[name]]).splitlines()[-1], flush=True)
+                print(tables([rows[name]]), flush=True)
             if args.out:
                 save_rows(args.out, results, rows)
-    print(table([rows[name] for name in names]))
+    print(tables([rows[name] for name in names]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from runtime.errors import UserError, first_line, one_line
+from runtime.threads import start_yielding
 
 
 def run_script(main):
@@ -19,6 +20,7 @@ def run_script(main):
     _pending = None
     _arrived.clear()
     keep_freed_memory()
+    start_yielding()
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {signum: signal.signal(signum, on_signal) for signum in signals}
     try:

@@ -12,10 +12,12 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
+from runtime import threads
 from runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
+import machine
 import precision
 import profile_step
 import published
@@ -184,6 +186,22 @@ def test_the_table_of_profiles():
         "| fp32 | graph | 10.00 ms | 19100 | 2.00 | 3.0 s | 50 % in 700 kernels; 650 launches |",
         "| bf16 | compile |  |  |  |  | failed: no \\| compiler |",
     ]
+
+
+def test_rows_of_the_machine_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Whether they run and what they report; how large the figures are depends on the machine."""
+    monkeypatch.setattr(machine, "SECONDS", 0.2)
+    monkeypatch.setattr(threads, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(machine, "POLICIES", {"ours": {}})
+    monkeypatch.setattr(machine, "STARTS", {"numpy": ["-c", "import numpy"], "bare": ["-c", ""]})
+    out = tmp_path / "bench.json"
+    flags = ["--device", "cpu", "--width", "1", "--repeats", "1", "--out", str(out)]
+    bench.main([*flags, "--rows", "busy,start,memory"])
+    busy, start, memory = (row["figures"] for row in json.loads(out.read_text())["rows"])
+    assert len(busy) == 3 and min(value for ((value,),) in busy.values()) > 0
+    assert 5 < start["bare"][0][1] < start["numpy"][0][1] < 200  # MB
+    assert 0.2 < memory["all of main_TD, ours"][0][0] < 4  # GiB; its data alone takes 0.2
+    assert "| start | numpy | " in capsys.readouterr().out
 
 
 def test_overlap_and_comparison_of_runs(tmp_path, capsys):

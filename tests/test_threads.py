@@ -4,9 +4,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
-from test_house import ROOT, SCRIPTS
+from test_house import ROOT
 
 from runtime import threads
 
@@ -54,7 +56,59 @@ def test_the_quota_of_a_cgroup_limits_the_threads(bare, tmp_path, files, cores):
     assert threads.usable_cores() == min(4, max(1, math.ceil(min(cores, 4))))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "dataset"])
+def busy_process():
+    return subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="needs Linux's schedstat")
+def test_a_process_knows_how_long_it_waits_for_a_core(bare):
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    other = busy_process()
+    try:
+        before, start = threads.waited(), time.monotonic()
+        while time.monotonic() < start + 1:
+            pass
+        assert threads.waited() - before > threads.BUSY  # about half of it
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
+def test_threads_are_held_while_the_machine_is_busy(bare, own):
+    """With 2 of 3 cores used, two Python threads hold their OpenMP threads while it is busy."""
+    waits = iter([0, 0, 1, 2, 2, 2])  # quiet, busy, busy, quiet
+    held, seen = [], []
+
+    def waited():
+        time.sleep(0.05)  # until the threads are there
+        seen.append(sum(not until.is_set() for until in held))
+        if len(seen) == 6:  # enough: with one thread the watch ends
+            bare.setattr("torch.get_num_threads", lambda: 1)
+        return next(waits)
+
+    def hold(torch, until):
+        held.append(until)
+        until.wait()
+
+    bare.setattr(threads, "waited", waited)
+    bare.setattr(threads, "CHECK_SECONDS", 0.05)
+    bare.setattr(threads, "hold_threads", hold)
+    bare.setattr(threads, "allowed_cores", lambda: 3)
+    bare.setattr("torch.get_num_threads", lambda: 2)
+    for name, value in own.items():
+        bare.setenv(name, value)
+    threads.settle_threads()
+    before = {*threading.enumerate()}
+    threads.start_yielding()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(5)
+    assert seen == ([] if own else [0, 0, 0, 2, 2, 0])
+
+
+@pytest.mark.parametrize("script", ["main_BU", "dataset"])
 def test_scripts_settle_it_before_torch_is_loaded(bare, script):
     """-X importtime lists imports as they finish."""
     command = [sys.executable, "-X", "importtime", f"{script}.py", "--help"]
