@@ -115,9 +115,9 @@ def run_round(model, task, run, dense_accuracy, masks, rounds):
 def stay_or_regrow(model, task, run, dense, masked, current):
     """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow.
 
-    dense, masked: counts of the two models of task t on the --select_on images.
+    dense, masked: the two models of task t, evaluated on the --select_on images.
     """
-    dense_mean, masked_mean = (sum(trainer.percentages(c)) / task.t for c in (dense, masked))
+    dense_mean, masked_mean = (sum(each["accuracy"]) / task.t for each in (dense, masked))
     cost = dense_mean - masked_mean
     if cost < run.args.accept_decay:
         run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
@@ -127,12 +127,9 @@ def stay_or_regrow(model, task, run, dense, masked, current):
 
 
 def evaluate(model, task, run, name):
-    """Test accuracies of tasks 1..t (percent, a list), and the counts on the --select_on images."""
-    test, selected = (
-        trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", part)
-        for part in ("test", run.args.select_on)
-    )
-    return trainer.percentages(test), selected
+    """trainer.evaluate() of a model of task t on the test images, and on the --select_on images."""
+    parts = ("test", run.args.select_on)
+    return [trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", p) for p in parts]
 
 
 def take_ticket(run, t, find, *arguments):
@@ -159,17 +156,17 @@ def first_task(model, run):
     task = teaching.build_task(data, args, 1)
     trained = trainer.train_task(model, task, run, "task1")
     pruning_utils.load_state(model, trained.best_state)
-    dense_accuracy, counts = evaluate(model, task, run, "dense")
+    dense, selected = evaluate(model, task, run, "dense")
     if args.classifiers > 1:
         teaching.teach(model, data, run, 1)
-    masks, found = take_ticket(run, 1, find_ticket, model, task, run, trainer.pooled(counts))
+    masks, found = take_ticket(run, 1, find_ticket, model, task, run, trainer.pooled(selected))
     pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
     run.add(
         state=1,
-        accuracy=evaluate(model, task, run, "ticket")[0],
+        **evaluate(model, task, run, "ticket")[0],
         density=pruning_utils.density(masks),
         **pruning_utils.ticket_record(masks),
-        dense_accuracy=dense_accuracy,
+        dense_accuracy=dense["accuracy"],
         dense_training=trained.summary(),
         rounds=found["rounds"],
     )
@@ -188,18 +185,18 @@ def next_task(model, t, run, start, current):
     pruning_utils.load_state(model, start, current)
     pruned = trainer.train_task(model, task, run, f"task{t}_prun", f"task{t}_best_prun_model.pt")
     pruning_utils.load_state(model, pruned.best_state)
-    accuracy, masked = evaluate(model, task, run, "prun")
+    tested, masked = evaluate(model, task, run, "prun")
     pruning_utils.load_state(model, trained.best_state)
-    dense_accuracy, dense = evaluate(model, task, run, "dense")
+    dense_tested, dense = evaluate(model, task, run, "dense")
     if t < args.classifiers:
         teaching.teach(model, data, run, t)
     masks, found = take_ticket(run, t, stay_or_regrow, model, task, run, dense, masked, current)
     run.add(
         state=t,
-        accuracy=accuracy,
+        **tested,
         density=pruning_utils.density(current),
         **pruning_utils.ticket_record(masks),
-        dense_accuracy=dense_accuracy,
+        dense_accuracy=dense_tested["accuracy"],
         training=pruned.summary(),
         dense_training=trained.summary(),
         **found,

@@ -40,7 +40,7 @@ def main(argv=None):
             teaching.teach(model, data, run, t)
         run.add(
             state=t,
-            accuracy=trainer.percentages(trainer.evaluate_tasks(model, task, run, f"task{t}")),
+            **trainer.evaluate_tasks(model, task, run, f"task{t}"),
             density=100.0,
             training=trained.summary(),
         )

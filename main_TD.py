@@ -124,7 +124,7 @@ def main(argv=None):
         # 1. the best model of task t: evaluate it and teach with it
         last = pruning_utils.clone_state(model)
         pruning_utils.load_state(model, trained.best_state)
-        accuracy = trainer.percentages(trainer.evaluate_tasks(model, task, run, f"task{t}"))
+        evaluated = trainer.evaluate_tasks(model, task, run, f"task{t}")
         tested = pruning_utils.density(pruning_utils.masks_of(model))
         if t < tasks:
             teaching.teach(model, data, run, t)
@@ -132,7 +132,7 @@ def main(argv=None):
         masks = make_ticket(model, task, run, last, trained.best_state)
         run.add(
             state=t,
-            accuracy=accuracy,
+            **evaluated,
             density=tested,
             **pruning_utils.ticket_record(masks),
             training=trained.summary(),
@@ -143,7 +143,7 @@ def main(argv=None):
     pruning_utils.load_state(model, trained.best_state)
     run.add(
         state=tasks + 1,
-        accuracy=trainer.percentages(trainer.evaluate_tasks(model, task, run, "result")),
+        **trainer.evaluate_tasks(model, task, run, "result"),
         density=pruning_utils.density(pruning_utils.masks_of(model)),
         training=trained.summary(),
     )

@@ -122,7 +122,7 @@ def main(argv=None):
     pruning_utils.load_state(model, trained.best_state)
     run.add(
         state=t,
-        accuracy=trainer.percentages(trainer.evaluate_tasks(model, task, run, step)),
+        **trainer.evaluate_tasks(model, task, run, step),
         density=pruning_utils.density(masks) if masks else 100.0,
         layer_density=pruning_utils.densities(masks),
         training=trained.summary(),

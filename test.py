@@ -19,7 +19,7 @@ from runtime.checkpoint import read_state_dict
 from runtime.errors import UserError
 from runtime.process import run_script
 from runtime.run import Record
-from trainer import count_correct, percentages
+from trainer import evaluate
 
 
 def parse(argv):
@@ -52,10 +52,10 @@ def main(argv=None):
     record = Record("test", args, data, model, f"test_{Path(args.pretrained).stem}_")
     record.write()  # a folder that cannot be written is reported now
     print(record.header, end="", flush=True)
-    counts = count_correct(model, data.test, args.state, data, args.batch_size)
+    evaluated = evaluate(model, data.test, args.state, data, args.batch_size)
     record.add(
         state=args.state,
-        accuracy=percentages(counts),
+        **evaluated,
         density=pruning_utils.density(pruning_utils.masks_of(model)),
         seconds=time.monotonic() - start,
     )

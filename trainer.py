@@ -87,14 +87,18 @@ def distillation(logits, stored):
 def task1_loss(model, x, y):
     """Task 1: CE of the random head plus CE of the balanced head. x [n,3,H,W], y [n].
 
-    The published code passes the batch twice, once for each head; BatchNorm accounts for that.
+    Returns the loss, and its parts {name in runtime.epochs.PARTS: value}, without gradients. The
+    published code passes the batch twice, once for each head; BatchNorm accounts for that.
     """
     features = model.features(x, groups=((len(x), 2),))
-    return sum(F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True))
+    random, new = (
+        F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True)
+    )
+    return random + new, {"random": random.detach(), "new": new.detach()}
 
 
 def kd_loss(model, k, sub, batch):
-    """Task k > 1: the loss of one step over its sub-batches.
+    """Task k > 1: the loss of one step over its sub-batches, and its parts as in task1_loss().
 
     batch: (random, new, old, unlabeled), the first three (x [n,3,H,W], y [n]), unlabeled
     (x, logits [n,(k-1)c], logits_main); without unlabeled (--no_teaching) nothing is distilled.
@@ -107,16 +111,23 @@ def kd_loss(model, k, sub, batch):
     sizes = [len(each) for each in images]
     features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
     of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
-    loss = F.cross_entropy(model.logits(of_random, k, main_fc=False), y)
+    parts = {
+        "random": F.cross_entropy(model.logits(of_random, k, main_fc=False), y),
+        "new": F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new),
+        "old": F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old),
+    }
     a, b = sub // k / sub, sub * (k - 1) // k / sub
-    balanced = a * F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new)
-    balanced = balanced + b * F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
+    loss, balanced = parts["random"], a * parts["new"] + b * parts["old"]
     if unlabeled:
         ((_, stored, stored_main),) = unlabeled
-        loss = loss + distillation(model.logits(*of_unlabeled, k - 1, main_fc=False), stored)
-        main_logits = model.logits(*of_unlabeled, k - 1, main_fc=True)
-        balanced = balanced + distillation(main_logits, stored_main)
-    return loss + BALANCED_WEIGHT * balanced
+        for name, main_fc, soft in (
+            ("distillation", False, stored),
+            ("distillation_main", True, stored_main),
+        ):
+            parts[name] = distillation(model.logits(*of_unlabeled, k - 1, main_fc), soft)
+        loss = loss + parts["distillation"]
+        balanced = balanced + parts["distillation_main"]
+    return loss + BALANCED_WEIGHT * balanced, {name: x.detach() for name, x in parts.items()}
 
 
 # ------------------------------------------------------------------------------ an epoch
@@ -163,12 +174,13 @@ def train_epoch(model, optimizer, task, args, step, progress):
     model.train()
     k, sub = task.t, random_batch_size(args, task.t)
     for batch in islice(batches(task, args, step, progress.epoch), progress.batch, None):
-        loss = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch)
+        loss, parts = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         progress.batch += 1
         progress.total_loss = progress.total_loss + loss.detach()
+        progress.parts = {name: progress.parts.get(name, 0.0) + parts[name] for name in parts}
         progress.images += len(batch[0]) if k == 1 else sum(len(part[0]) for part in batch)
         yield
 
@@ -191,41 +203,47 @@ def extract_features(model, images, data, batch_size, desc=None):
         return torch.cat(features)
 
 
-def correct_mask(model, images, labels, k, data, batch_size):
-    """Which images heads 1..k classify correctly among all classes so far: bool [n]."""
-    features = extract_features(model, images, data, batch_size)
-    with torch.no_grad():
-        return model.logits(features, k, main_fc=True).argmax(1) == labels
+def evaluate(model, part, t, data, batch_size):
+    """How the images of `part` (data.val or data.test) of tasks 1..t are classified: a dict.
 
-
-def count_correct(model, part, t, data, batch_size):
-    """[correctly classified, all] images of `part` of each task 1..t, by heads 1..t: a list."""
+    accuracy: percent in each task, among all classes so far. task_aware: the same by the task's own
+    heads, that is among its own classes. confusion: [[n]], the images of each class (a row; classes
+    in the order of the run) by the class that they are taken for.
+    """
     images, labels = data.of_tasks(part, 1, t)
-    correct = correct_mask(model, images, labels, t, data, batch_size)
-    tasks = labels // data.classes_per_classifier
-    return [[int(correct[tasks == i].sum()), int((tasks == i).sum())] for i in range(t)]
+    features, c = extract_features(model, images, data, batch_size), data.classes_per_classifier
+    with torch.no_grad():
+        logits = model.logits(features, t, main_fc=True)
+    classes, tasks = t * c, labels // c
+    confusion = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    of_own = logits.view(-1, t, c)[torch.arange(len(labels), device=labels.device), tasks]
+
+    def percentages(correct):
+        return [100.0 * int(correct[tasks == i].sum()) / int((tasks == i).sum()) for i in range(t)]
+
+    return {
+        "accuracy": percentages(logits.argmax(1) == labels),
+        "task_aware": percentages(of_own.argmax(1) == labels % c),
+        "confusion": confusion.view(classes, classes).tolist(),
+    }
 
 
-def percentages(counts):
-    """Accuracies in percent of tasks 1..t from count_correct(): a list."""
-    return [100.0 * correct / total for correct, total in counts]
-
-
-def pooled(counts):
-    """Accuracy in percent over the images of all tasks together, from count_correct()."""
-    return 100.0 * sum(correct for correct, _ in counts) / sum(total for _, total in counts)
+def pooled(evaluated):
+    """Accuracy in percent over the images of all tasks together, from evaluate()."""
+    rows = evaluated["confusion"]
+    return 100.0 * sum(row[i] for i, row in enumerate(rows)) / sum(map(sum, rows))
 
 
 def validate(model, part, task, args):
     """Accuracy (percent) on the images of `part` (data.val or data.test) of tasks 1..t together."""
-    return pooled(count_correct(model, part, task.t, task.data, args.batch_size))
+    return pooled(evaluate(model, part, task.t, task.data, args.batch_size))
 
 
 def evaluate_tasks(model, task, run, name, part="test"):
-    """count_correct() on data.<part> after a task, once in the life of the run; name: the model."""
+    """evaluate() on data.<part> after a task, once in the life of the run; name: the model."""
     data, batch_size = task.data, run.args.batch_size
-    step, images = f"{name}_{part}", getattr(data, part)
-    return run.cached(step, count_correct, model, images, task.t, data, batch_size)
+    step, images = f"{name}_evaluated_on_{part}", getattr(data, part)
+    return run.cached(step, evaluate, model, images, task.t, data, batch_size)
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -247,16 +265,17 @@ class Plan:
 class Progress:
     """Where a loop stands; a progress file holds it with model and optimizer."""
 
-    epoch: int = 1  # the current one, and the batches done and the sum of the losses in it
+    epoch: int = 1  # the current one, and the batches done and the sums of the losses in it
     batch: int = 0
     total_loss: float | torch.Tensor = 0.0
+    parts: dict = field(default_factory=dict)
     best: float = -1.0  # accuracy in percent
     best_epoch: int = 0
     best_checkpoint: dict = None
-    images: int = 0  # of all epochs
-    training_seconds: float = 0.0  # of all epochs, without validation
+    images: int = 0  # of the current epoch
+    training_seconds: float = 0.0  # of the current epoch, without validation
     seconds: float = 0.0
-    history: list = field(default_factory=list)  # [mean loss, accuracy or None] of each epoch
+    history: list = field(default_factory=list)  # a row of metrics.csv for each finished epoch
 
     def to_checkpoint(self, model, optimizer):
         """A dict for Run.save_progress()."""
@@ -279,14 +298,20 @@ class Progress:
         batches = batches_per_epoch(task, args)
         return f"at epoch {self.epoch} of {plan.epochs}, after batch {self.batch} of {batches}"
 
-    def epoch_summary(self, plan):
-        """The last finished epoch on one line."""
-        loss, accuracy = self.history[-1]
-        validated = "" if accuracy is None else f", accuracy {accuracy:.2f} %"
-        return (
-            f"{plan.step}: epoch {self.epoch - 1}/{plan.epochs}, loss {loss:.3f}{validated}, "
-            f"{self.images / self.training_seconds:.0f} images/s"
-        )
+    def epoch_row(self, lr, accuracy):
+        """The row of the current epoch, when all its batches are done: means over them."""
+        sums = {"loss": self.total_loss} | self.parts
+        row = {"epoch": self.epoch, "lr": lr}
+        row |= {name: float(value) / self.batch for name, value in sums.items()}
+        row |= {} if accuracy is None else {"accuracy": accuracy}
+        speed = self.images / max(self.training_seconds, 1e-9)
+        return row | {"seconds": self.training_seconds, "images_per_second": speed}
+
+    def images_per_second(self):
+        """In training, over all finished epochs."""
+        seconds = [row["seconds"] for row in self.history]
+        images = sum(row["seconds"] * row["images_per_second"] for row in self.history)
+        return images / max(sum(seconds), 1e-9)
 
     def outcome(self):
         """What is recorded of a finished loop."""
@@ -294,9 +319,17 @@ class Progress:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
-            "images_per_second": self.images / max(self.training_seconds, 1e-9),
-            "history": self.history,
+            "images_per_second": self.images_per_second(),
         }
+
+
+def epoch_summary(row, plan):
+    """A row of metrics.csv on one line."""
+    validated = f", accuracy {row['accuracy']:.2f} %" if "accuracy" in row else ""
+    return (
+        f"{plan.step}: epoch {row['epoch']}/{plan.epochs}, loss {row['loss']:.3f}{validated}, "
+        f"{row['images_per_second']:.0f} images/s"
+    )
 
 
 class Trained(NamedTuple):
@@ -306,7 +339,6 @@ class Trained(NamedTuple):
     best_epoch: int
     seconds: float
     images_per_second: float  # in training, without validation
-    history: list  # [mean loss, accuracy in percent or None] of each epoch
     best_state: dict = None  # the best epoch's state dict, if it was kept
 
     def summary(self):
@@ -376,7 +408,8 @@ def run_epochs(model, task, run, plan, optimizer=None):
             files = filter(None, (checkpoint, plan.best_model))
             run.finish(plan.step, *files, **progress.outcome())
     best_state = run.load(plan.best_model)["state_dict"] if plan.best_model else None
-    return Trained(**run.result(plan.step), best_state=best_state)
+    outcome = {key: run.result(plan.step)[key] for key in Progress().outcome()}
+    return Trained(**outcome, best_state=best_state)
 
 
 def resume(model, optimizer, task, run, plan):
@@ -409,8 +442,11 @@ def finish_epoch(model, optimizer, task, run, plan, progress):
             if plan.best_model:
                 best = checkpoint_dict(model, optimizer, progress.epoch, accuracy)
                 progress.best_checkpoint = copy.deepcopy(best)
-    progress.history.append([float(progress.total_loss) / progress.batch, accuracy])
-    progress.epoch, progress.batch, progress.total_loss = progress.epoch + 1, 0, 0.0
+    row = progress.epoch_row(optimizer.param_groups[0]["lr"], accuracy)
+    run.record_epoch(plan.step, row)
+    progress.history.append(row)
+    progress.epoch, progress.batch, progress.images = progress.epoch + 1, 0, 0
+    progress.total_loss, progress.parts, progress.training_seconds = 0.0, {}, 0.0
 
 
 def check_finite(model, optimizer, plan, args, progress):
@@ -475,7 +511,7 @@ def watched(model, optimizer, task, run, plan, progress):
     def after_batch():
         bar.update()
         if not bar.disable and progress.batch % args.print_freq == 0:
-            accuracy = progress.history[-1][1] if progress.history else None
+            accuracy = progress.history[-1].get("accuracy") if progress.history else None
             bar.set_postfix(loss=float(progress.total_loss) / progress.batch, accuracy=accuracy)
         if time.monotonic() - last_saved >= args.checkpoint_seconds:
             save()
@@ -483,11 +519,11 @@ def watched(model, optimizer, task, run, plan, progress):
 
     def after_epoch():
         nonlocal last_logged
-        loss, accuracy = progress.history[-1]
+        row = progress.history[-1]
         if not bar.disable:
-            bar.set_postfix(loss=loss, accuracy=accuracy)
+            bar.set_postfix(loss=row["loss"], accuracy=row.get("accuracy"))
         elif time.monotonic() - last_logged > LOG_SECONDS:
-            print(progress.epoch_summary(plan), flush=True)
+            print(epoch_summary(row, plan), flush=True)
             last_logged = time.monotonic()
 
     total, done = plan.epochs * batches, (progress.epoch - 1) * batches + progress.batch

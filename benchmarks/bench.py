@@ -150,7 +150,7 @@ def task1_step(way, width, device):
         x = x.contiguous()
         return lambda: timed_step(device, 3, lambda: published.task1_step(model, optimizer, x, y))
     return lambda: timed_step(
-        device, 3, lambda: descend(optimizer, trainer.task1_loss(model, x, y))
+        device, 3, lambda: descend(optimizer, trainer.task1_loss(model, x, y)[0])
     )
 
 
@@ -178,7 +178,7 @@ def kd_step(way, width, device, t=3):
             device, 6, lambda: published.kd_step(model, optimizer, t, sub, *batches)
         )
     return lambda: timed_step(
-        device, 6, lambda: descend(optimizer, trainer.kd_loss(model, t, sub, batches))
+        device, 6, lambda: descend(optimizer, trainer.kd_loss(model, t, sub, batches)[0])
     )
 
 

@@ -52,7 +52,7 @@ def make_step(precision, width, device):
     model, optimizer, sub, batches = bench.kd_setting(PRECISIONS[precision], width, device, TASK)
 
     def step():
-        bench.descend(optimizer, trainer.kd_loss(model, TASK, sub, batches))
+        bench.descend(optimizer, trainer.kd_loss(model, TASK, sub, batches)[0])
 
     return step, model, batches
 

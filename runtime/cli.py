@@ -241,6 +241,12 @@ def add_file_flags(parser, save_dir):
         f"resumes {DEFAULT}",
     )
     flag(
+        "--tensorboard",
+        action="store_true",
+        help="also write the curves of metrics.csv to <save_dir>/tensorboard for TensorBoard, which "
+        "must be installed",
+    )
+    flag(
         "--overwrite",
         action="store_true",
         help="start over: remove what this script's run has written to --save_dir (default: "

@@ -12,6 +12,10 @@ DEFINITIONS = {
     "(iCaRL, Rebuffi et al. 2017)",
     "forgetting": "the mean over i < T of max_{i <= t < T} a_{t,i} - a_{T,i}, in percentage "
     "points; negative where old tasks gained (Chaudhry et al. 2018)",
+    "backward transfer (BWT)": "the mean over i < T of a_{T,i} - a_{i,i}, in percentage points: what "
+    "later tasks changed (Lopez-Paz & Ranzato 2017)",
+    "task-aware accuracy": "as a_{t,i}, but each image is classified by the heads of its own task "
+    "alone, among the classes of that task",
 }
 
 
@@ -33,6 +37,13 @@ def forgetting(matrix):
         for task in range(len(last) - 1)
     ]
     return sum(drops) / len(drops) if drops else None
+
+
+def backward_transfer(matrix):
+    """See DEFINITIONS; in percentage points. None with a single task."""
+    last = matrix[-1]
+    gains = [last[task] - matrix[task][task] for task in range(len(last) - 1)]
+    return sum(gains) / len(gains) if gains else None
 
 
 def mean_and_sd(values):

@@ -15,21 +15,31 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from statistics import mean
 
 import filelock
 import numpy as np
 import torch
 
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.epochs import (
+    open_tensorboard,
+    read_epochs,
+    remove_events,
+    replace_epochs,
+    save_epochs,
+    write_tensorboard,
+)
 from runtime.errors import UserError, first_line
 from runtime.files import file_checksum, save_text, temp_path
-from runtime.metrics import average_incremental_accuracy, forgetting
+from runtime.metrics import average_incremental_accuracy, backward_transfer, forgetting
 
 # Flags that may differ when a run resumes: they cannot change its result (except for how devices
 # round), or what they name is compared by its content.
 RESUME_IGNORED = {
     "save_dir", "save_data_path", "overwrite", "checkpoint_seconds", "print_freq", "device", "gpu",
     "data", "raw", "source", "image_size", "unlabeled", "class_order", "weight", "mask",
+    "tensorboard",
 }  # fmt: skip
 LOCKS = {}  # {path: lock} that this process holds
 
@@ -94,15 +104,18 @@ class Record:
         }
 
     def add(self, state, accuracy, density, **more):
-        """Add a row: accuracy is a list (percent, tasks 1..), density that of the tested model."""
-        row = {"state": state, "accuracy": accuracy, "mean": sum(accuracy) / len(accuracy)}
+        """Add a row: accuracy is a list (percent, tasks 1..), density that of the tested model.
+
+        more: task_aware and confusion, from trainer.evaluate(), and what the script records.
+        """
+        row = {"state": state, "accuracy": accuracy, "mean": mean(accuracy)}
         row |= {"density": density} | more
         self.results["states"].append(row)
         self.write()
         listed = " ".join(f"{a:.2f}" for a in accuracy)
         print(
             f"state {state}: test accuracy {listed}, mean {row['mean']:.2f} % "
-            f"at {density:.2f} % of the weights"
+            f"(task-aware {mean(more['task_aware']):.2f} %) at {density:.2f} % of the weights"
             + (f"; next ticket {more['ticket_density']:.2f} %" if "ticket_density" in more else ""),
             flush=True,
         )
@@ -111,9 +124,13 @@ class Record:
         """Write the last time; with the accuracy matrix of all states, its summaries too."""
         if matrix:
             average, lost = average_incremental_accuracy(matrix), forgetting(matrix)
+            transfer = backward_transfer(matrix)
             self.results |= {"average_incremental_accuracy": average, "forgetting": lost}
+            self.results["backward_transfer"] = transfer
             summary = f"average incremental accuracy {average:.2f} %"
-            print(summary + ("" if lost is None else f", forgetting {lost:.2f} points"))
+            if lost is not None:
+                summary += f", forgetting {lost:.2f}, backward transfer {transfer:.2f} points"
+            print(summary)
         self.write()
         if self.folder:
             print(f"records: {self.folder}/{self.prefix}results.json", flush=True)
@@ -172,6 +189,10 @@ class Run(Record):
         else:
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
         self.results["states"] = self.journal["rows"]
+        self.epochs = read_epochs(self.path(f"{self.prefix}metrics.csv"))
+        self.tensorboard = None
+        if args.tensorboard:
+            self.tensorboard = open_tensorboard(self.tensorboard_folder(), self.epochs)
         done = [*self.journal["steps"]]
         if not done:
             self.write()  # a folder that cannot be written is reported now, not after a task
@@ -197,6 +218,9 @@ class Run(Record):
 
     def journal_path(self):
         return self.path(f"{self.prefix}run.json")
+
+    def tensorboard_folder(self):
+        return self.path(f"{self.prefix}tensorboard")
 
     def data_folder(self):
         """--save_data_path relative to --save_dir, which may move with it."""
@@ -276,8 +300,10 @@ class Run(Record):
         for name in journal["wrote"]:
             if same or "/" not in name:  # another --save_data_path holds files of others
                 self.remove(name)
-        for name in ("log_results.txt", "results.json", "run.json"):  # the last lists the files
+        remove_events(self.tensorboard_folder())
+        for name in ("metrics.csv", "log_results.txt", "results.json"):
             self.remove(self.prefix + name)
+        self.remove(f"{self.prefix}run.json")  # the last, since it lists the files
 
     def remove(self, name):
         """Remove a file of the run, and what a killed writer left of it."""
@@ -394,6 +420,16 @@ class Run(Record):
         return content
 
     # -------------------------------------------------------------------- records
+
+    def record_epoch(self, step, row):
+        """Add an epoch of a step to metrics.csv, in place of its rows from that epoch on."""
+        rows = replace_epochs(self.epochs, {"step": step} | row)
+        repeated, self.epochs = len(rows) <= len(self.epochs), rows
+        save_epochs(self.path(f"{self.prefix}metrics.csv"), rows)
+        if self.tensorboard and repeated:
+            self.tensorboard = open_tensorboard(self.tensorboard_folder(), rows)
+        elif self.tensorboard:
+            write_tensorboard(self.tensorboard, rows[-1])
 
     def add(self, state, accuracy, density, **more):
         """Record.add, once for each state; the seconds spent in it are filled in."""

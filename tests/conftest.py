@@ -73,6 +73,7 @@ def args(tmp_path, device):
         criterion="magnitude",
         checkpoint_seconds=60,
         overwrite=False,
+        tensorboard=False,
     )
 
 

@@ -373,6 +373,13 @@ def test_a_damaged_journal_is_an_error_and_nothing_is_touched(scripts, finished,
     assert contents() == before
 
 
+@pytest.mark.parametrize("damage", [lambda c: b"x" + c, lambda c: c[:-30]])
+def test_damaged_curves_are_an_error(scripts, finished, damage):
+    path = finished / "run" / "metrics.csv"
+    path.write_bytes(damage(path.read_bytes()))
+    check_error(scripts.run(TD, finished), "run/metrics.csv: is damaged; remove it")
+
+
 @pytest.mark.parametrize("name", ["results.json", "log_results.txt"])
 def test_damaged_records_are_written_again(scripts, reference, finished, name):
     (finished / "run" / name).write_text("{")

@@ -15,6 +15,7 @@ import pruning_utils
 import trainer
 from models import BACKBONES, ResNet18
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.epochs import read_epochs
 from runtime.errors import UserError
 from runtime.process import Interrupted
 from runtime.run import Run
@@ -145,11 +146,11 @@ def test_steps_equal_those_of_separate_passes(args, device, kind, k, sub, sizes,
     for seed, size in enumerate(sizes):
         if k == 1:
             inputs = on(device, labeled(size, 0, 2, torch.Generator().manual_seed(seed)))
-            loss = trainer.task1_loss(ours, *inputs)
+            loss, _ = trainer.task1_loss(ours, *inputs)
         else:
             parts = 4 if kind == "kd_loss" else 3
             inputs = (k, sub, on(device, sub_batches(k, *size, seed=seed)[:parts]))
-            loss = trainer.kd_loss(ours, *inputs)
+            loss, _ = trainer.kd_loss(ours, *inputs)
         wanted = getattr(reference, kind)(plain, *inputs)
         torch.testing.assert_close(loss, wanted, **CLOSE)
         take_step(loss, optimizer)
@@ -168,7 +169,8 @@ def test_pruned_weights_only_decay(args):
     velocity = torch.zeros_like(wanted)
     optimizer = trainer.make_optimizer(model, args, LR)
     for seed in range(3):
-        take_step(trainer.kd_loss(model, 2, 4, sub_batches(2, 4, 2, 2, 4, seed)), optimizer)
+        loss, _ = trainer.kd_loss(model, 2, 4, sub_batches(2, 4, 2, 2, 4, seed))
+        take_step(loss, optimizer)
         velocity = MOMENTUM * velocity + WEIGHT_DECAY * wanted
         wanted = wanted - LR * velocity
     found = pruning_utils.weights(model)["layer3.0.conv2"][hidden]
@@ -229,7 +231,7 @@ def test_steps_in_bf16_are_close_to_fp32_and_keep_everything_in_fp32(
         masks = random_masks(model) if masked else {}
         pruning_utils.apply_mask(model, masks)
         before = pruning_utils.clone_state(model)
-        loss = trainer.kd_loss(model, 2, 12, batches)
+        loss, _ = trainer.kd_loss(model, 2, 12, batches)
         take_step(loss, optimizer)
         after = model.state_dict()
         statistics = [value for key, value in after.items() if "running" in key]
@@ -292,14 +294,14 @@ def test_the_weights_of_the_parts_depend_only_on_k_and_sub(k, sub, a, b, sizes):
     weights = {"random": 1, "kd": 1, "new": a / 2, "old": b / 2, "kd_main": 1 / 2}
     batches = sub_batches(k, *sizes)
     ours, plain = make_pair()
-    loss = trainer.kd_loss(ours, k, sub, batches)
+    loss, _ = trainer.kd_loss(ours, k, sub, batches)
     parts = reference.kd_parts(plain, k, *batches)
     for part, (batch, row) in ONLY_IN.items():
         changed = [list(tensors) for tensors in batches]
         tensor = changed[batch][row]
         # another class of the same task, or other logits
         changed[batch][row] = tensor ^ 1 if batch < 3 else tensor.flip(1) + tensor
-        change = trainer.kd_loss(ours, k, sub, changed) - loss
+        change = trainer.kd_loss(ours, k, sub, changed)[0] - loss
         wanted = reference.kd_parts(plain, k, *changed)[part] - parts[part]
         assert wanted.abs() > 1e-6
         torch.testing.assert_close(change, weights[part] * wanted, rtol=1e-7, atol=1e-11)
@@ -331,7 +333,7 @@ def test_temperature_and_balanced_weight_are_the_constants(monkeypatch):
     losses = []
     for weight in (0, 0.5, 2):
         monkeypatch.setattr(trainer, "BALANCED_WEIGHT", weight)
-        losses.append(trainer.kd_loss(model, 2, 4, batches))
+        losses.append(trainer.kd_loss(model, 2, 4, batches)[0])
     parts = reference.kd_parts(model, 2, *batches)
     torch.testing.assert_close(losses[0], parts["random"] + parts["kd"], **CLOSE)
     torch.testing.assert_close(losses[2] - losses[0], 4 * (losses[1] - losses[0]), **CLOSE)
@@ -369,12 +371,12 @@ def epoch_of(args, monkeypatch):
 
     def task1_loss(model, *batch):
         seen.append([tuple(tensor.clone() for tensor in batch)])
-        return 0 * model.conv1.weight.sum() + 1.5
+        return 0 * model.conv1.weight.sum() + 1.5, {"new": torch.tensor(0.5)}
 
     def kd_loss(model, k, sub, batches):
         arguments.add((k, sub))
         seen.append([tuple(tensor.clone() for tensor in batch) for batch in batches])
-        return 0 * model.conv1.weight.sum() + 1.5
+        return 0 * model.conv1.weight.sum() + 1.5, {"new": torch.tensor(0.5)}
 
     monkeypatch.setattr(trainer, "task1_loss", task1_loss)
     monkeypatch.setattr(trainer, "kd_loss", kd_loss)
@@ -389,6 +391,7 @@ def epoch_of(args, monkeypatch):
             count += sum(len(part[0]) for part in seen[-1])
             assert progress.batch == batch + len(seen) and progress.images == count
             assert progress.total_loss == 1.5 * len(seen)
+            assert progress.parts == {"new": 0.5 * len(seen)}
         assert progress.batch == trainer.batches_per_epoch(task, args)
         assert arguments <= {(task.t, args.batch_size // 4)}
         return copy.copy(seen)
@@ -713,8 +716,9 @@ def test_retraining_has_a_constant_lr_and_keeps_the_last_epoch(
         3 * validated
     )
     assert (found.best, found.best_epoch) == ((6.0, 2) if validated else (-1.0, 0))
+    rows = [(row["step"], row["epoch"], row["loss"], row.get("accuracy")) for row in run.epochs]
     accuracies = [4.0, 6.0, 5.0] if validated else [None] * 3
-    assert found.history == [[1.5, accuracy] for accuracy in accuracies]
+    assert rows == [("round", epoch + 1, 1.5, accuracies[epoch]) for epoch in range(3)]
     assert checkpoints(args) == {"round_checkpoint.pt"}
     assert run.load("round_checkpoint.pt")["epoch"] == 3
 
@@ -729,7 +733,7 @@ def test_with_0_epochs_of_retraining_the_model_is_measured_as_it_is(args, run, d
     accuracy = trainer.validate(model, part, task, args) if part else -1.0
     for _ in range(2):  # the second time it is done already
         found = trainer.retrain(model, task, run, "round", part=part)
-        assert (found.best, found.best_epoch, found.history) == (accuracy, 0, [])
+        assert (found.best, found.best_epoch, run.epochs) == (accuracy, 0, [])
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert checkpoints(args) == {"round_checkpoint.pt"}
     assert run.load("round_checkpoint.pt")["epoch"] == 0
@@ -797,7 +801,8 @@ def test_a_loop_that_ends_with_an_error_keeps_its_last_progress(setting, args, r
     stored = torch.load(Path(args.save_dir) / "task2_progress.pt", weights_only=True)
     assert (stored["epoch"], stored["batch"], stored["total_loss"].item()) == (2, 2, 3.0)
     assert (stored["best"], stored["best_epoch"]) == (50, 1)
-    assert stored["history"] == [[1.0, 50.0]]
+    ((epoch, loss, accuracy),) = ((r["epoch"], r["loss"], r["accuracy"]) for r in stored["history"])
+    assert (epoch, loss, accuracy) == (1, 1.0, 50.0)
     assert (stored["best_checkpoint"]["state_dict"]["conv1.weight"] == 1).all()
     assert (stored["state_dict"]["conv1.weight"] == 2).all()
 
@@ -818,13 +823,14 @@ def test_progress_comes_back_from_a_checkpoint(args, data, tmp_path):
         epoch=3,
         batch=4,
         total_loss=torch.tensor(5.5),
+        parts={"new": torch.tensor(2.5)},
         best=60.0,
         best_epoch=2,
         best_checkpoint=best,
         images=70,
         training_seconds=8.5,
         seconds=9.5,
-        history=[[2.5, 50.0], [2.25, 60.0]],
+        history=[{"epoch": 1, "loss": 2.5}, {"epoch": 2, "loss": 2.25, "accuracy": 60.0}],
     )
     content = progress.to_checkpoint(model, optimizer)
     assert content.keys() == trainer.Progress.keys()
@@ -851,12 +857,13 @@ def test_an_interrupted_loop_has_each_epoch_once_in_its_history(
 
     def train(run):
         model = trainer.make_model(args, CPU)
-        return trainer.train_task(model, task, run, "task1"), model.state_dict()
+        found = trainer.train_task(model, task, run, "task1")
+        return found, model.state_dict(), read_epochs(run.folder / "metrics.csv")
 
     elsewhere = argparse.Namespace(**vars(args))
     elsewhere.save_dir, elsewhere.save_data_path = args.save_dir + "2", args.save_dir + "2/data"
-    wanted, wanted_state = train(Run("test", elsewhere, data, trainer.make_model(args, CPU)))
-    assert len(wanted.history) == 2
+    wanted, *others = train(Run("test", elsewhere, data, trainer.make_model(args, CPU)))
+    wanted_state, wanted_rows = others
 
     function, calls = getattr(trainer, name), []
 
@@ -877,8 +884,13 @@ def test_an_interrupted_loop_has_each_epoch_once_in_its_history(
         train(run)
     assert ", task1 is saved at epoch" in interrupt.value.position
     assert checkpoints(args) == {"task1_progress.pt"}
-    found, state = train(Run("test", args, data, trainer.make_model(args, CPU)))
-    assert found.history == wanted.history
+    found, state, rows = train(Run("test", args, data, trainer.make_model(args, CPU)))
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row, other in zip(rows, wanted_rows):
+        times = {"seconds", "images_per_second"}
+        assert {k: row[k] for k in row.keys() - times} == {
+            k: other[k] for k in other.keys() - times
+        }
     assert (found.best, found.best_epoch) == (wanted.best, wanted.best_epoch)
     torch.testing.assert_close(state, wanted_state, rtol=0, atol=0)
     torch.testing.assert_close(found.best_state, wanted.best_state, rtol=0, atol=0)
@@ -981,11 +993,12 @@ def test_a_task_equals_that_of_the_plain_code(args, device, run, monkeypatch, in
             losses.append(getattr(reference, name)(plain, *inputs))
             take_step(losses[-1], optimizer)
         accuracy = reference.accuracy(plain, x_val, y_val, t)
-        history.append((sum(losses).item() / steps, accuracy))
+        history.append((lr, sum(losses).item() / steps, accuracy))
         if accuracy > best:
             best, best_state = accuracy, copy.deepcopy(plain.state_dict())
     assert found.best == pytest.approx(best)
-    assert [tuple(epoch) for epoch in found.history] == [pytest.approx(epoch) for epoch in history]
+    rows = [(row["lr"], row["loss"], row["accuracy"]) for row in run.epochs]
+    assert rows == [pytest.approx(epoch) for epoch in history]
     assert_same_state(ours, plain)
     assert_same_state(found.best_state, best_state)
 
@@ -1017,29 +1030,41 @@ def test_accuracies_are_by_the_balanced_heads_so_far(args, device, run, data, in
     for first in range(0, 2 * t, 2):
         x, y = (torch.cat(tensors) for tensors in zip(*parts[first : first + 2]))
         by_task.append(reference.accuracy(model, x, y, t))
-        sizes.append(len(x))
-    counts = trainer.count_correct(model, data.val, t, data, args.batch_size)
-    assert [n for _, n in counts] == sizes and sizes == [12, 13, 14][:t]
-    assert trainer.percentages(counts) == pytest.approx(by_task)
-    assert trainer.pooled(counts) == pytest.approx(total)
+        sizes += [len(x) for x, _ in parts[first : first + 2]]
+    found = trainer.evaluate(model, data.val, t, data, args.batch_size)
+    assert found["accuracy"] == pytest.approx(by_task)
+    assert trainer.pooled(found) == pytest.approx(total)
     assert trainer.validate(model, data.val, task, args) == pytest.approx(total)
-    assert trainer.evaluate_tasks(model, task, run, "task2", "val") == counts
+    assert trainer.evaluate_tasks(model, task, run, "task2", "val") == found
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # image by image: heads 1..t together for the confusion, those of its task for task_aware
+    confusion, own = [[0] * 2 * t for _ in range(2 * t)], [0] * t
+    for label, (x, _) in enumerate(parts):
+        for logits in model(x, main_fc=True)[:, : 2 * t]:
+            confusion[label][logits.argmax()] += 1
+            first = label - label % 2
+            own[label // 2] += int(logits[first : first + 2].argmax()) == label % 2
+    assert found["confusion"] == confusion and [sum(row) for row in confusion] == sizes
+    totals = [sum(sizes[first : first + 2]) for first in range(0, 2 * t, 2)]
+    assert found["task_aware"] == pytest.approx([100 * n / of for n, of in zip(own, totals)])
 
 
 def test_accuracies_by_hand():
-    counts = [[1, 4], [0, 2], [10, 10]]
-    assert trainer.percentages(counts) == [25.0, 0.0, 100.0]
-    assert trainer.pooled(counts) == 68.75  # 11 of 16; the mean over the tasks is 41.67
+    """Tasks of 4 and 10 images: 11 of 14 are right; the mean over the tasks is 62.5."""
+    confusion = [[1, 0, 1, 0], [1, 0, 0, 1], [0, 0, 4, 0], [0, 0, 0, 6]]
+    assert trainer.pooled({"confusion": confusion}) == pytest.approx(100 * 11 / 14)
 
 
 def test_tasks_are_evaluated_once_in_the_life_of_a_run(args, run, data):
     """For each name and part: another model under the same name is not evaluated."""
     model, task = trainer.make_model(args, CPU), trainer.make_task(data, 3, None)
     first = trainer.evaluate_tasks(model, task, run, "task3_dense")
-    assert first == trainer.count_correct(model, data.test, 3, data, args.batch_size)
+    assert first == trainer.evaluate(model, data.test, 3, data, args.batch_size)
     for linear in model.linear_main:
         linear.weight.data.neg_()
     assert trainer.evaluate_tasks(model, task, run, "task3_dense") == first
     assert trainer.evaluate_tasks(model, task, run, "task3_other") != first
-    assert [*run.journal["steps"]] == ["task3_dense_test", "task3_other_test"]
+    assert [*run.journal["steps"]] == [
+        "task3_dense_evaluated_on_test",
+        "task3_other_evaluated_on_test",
+    ]
