@@ -22,7 +22,7 @@ from runtime.process import run_script
 from runtime.run import Run
 
 
-def parse(argv):
+def make_parser():
     parser = cli.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
     flag = cli.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
     points = {"type": cli.finite, "metavar": "POINTS"}
@@ -36,7 +36,11 @@ def parse(argv):
     flag("--base_sparsity", type=cli.percentage, default=90, metavar="PERCENT", help=message)
     message = "images on which tickets are chosen: test (published, default) or val (recommended)"
     flag("--select_on", choices=("test", "val"), default="test", help=message)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "BU_{}")
     return args

@@ -17,9 +17,12 @@ from runtime.process import run_script
 from runtime.run import Run
 
 
+def make_parser():
+    return cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
+
+
 def parse(argv):
-    parser = cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "{}_cil")
     return args

@@ -22,7 +22,7 @@ from runtime.process import run_script
 from runtime.run import Run
 
 
-def parse(argv):
+def make_parser():
     parser = cli.training_parser(__doc__, "TD_<dataset>", dataset.DATASETS, BACKBONES)
     flag = cli.add_pruning_flags(parser, "top-down pruning", pruning_utils.CRITERIA)
     flag(
@@ -46,7 +46,11 @@ def parse(argv):
         default="conv",
         help="what is rewound: the convolutions (conv, default), or BatchNorm and heads too (all)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "TD_{}")
     schedule = ",".join(map(str, args.prune_scheduler))

@@ -26,7 +26,7 @@ from runtime.process import run_script
 from runtime.run import Run
 
 
-def parse(argv):
+def make_parser():
     parser = cli.training_parser(
         __doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES, queries=False
     )
@@ -55,7 +55,11 @@ def parse(argv):
         "initialization; shuffle_weights, the remaining weights shuffled within each layer; "
         "dense, no mask",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "BU_{}")
     return args

@@ -22,7 +22,7 @@ from runtime.run import Record
 from trainer import evaluate
 
 
-def parse(argv):
+def make_parser():
     parser = cli.Parser(__doc__)
     cli.add_data_flags(parser, dataset.DATASETS)
     cli.add_network_flags(parser, BACKBONES)
@@ -32,7 +32,11 @@ def parse(argv):
     cli.add_state_flag(flag, "test on the classes of tasks 1..t")
     cli.add_batch_size_flag(flag)
     flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args)
     return args
