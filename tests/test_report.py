@@ -528,7 +528,12 @@ def test_damaged_results_give_one_line(tmp_path, damage, no_plots):
 )
 def test_odd_results_are_drawn(tmp_path, monkeypatch, change):
     drawn = []
-    monkeypatch.setattr(plots, "write", lambda figure, path: drawn.append((figure, path.name)))
+
+    def write(figure, path):
+        drawn.append((figure, path.name))
+        path.with_suffix(".svg").write_text("<svg/>")  # for the page
+
+    monkeypatch.setattr(plots, "write", write)
     report.main(
         [
             str(bottom_up(tmp_path / "BU", **{"seed": 0} | change)),

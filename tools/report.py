@@ -5,9 +5,10 @@
 
 Reads the results.json of each run, and those of main_train.py and test.py in the same folder. Runs
 of one setting are a group, reported as mean and standard deviation over its seeds. Writes to --out:
-report.md with all tables, each table also as .csv, and the plots as .png and .svg: report (accuracy
-after each task, as in the paper's Figure 4), matrix (accuracy of each task), layers (density of
-each layer), prunings (bottom-up: how tickets were found) and controls.
+report.html, one page with everything; report.md with all tables, each table also as .csv, and the
+plots as .png and .svg: report (accuracy after each task, as in the paper's Figure 4), matrix
+(accuracy of each task), layers (density of each layer), prunings (bottom-up: how tickets were
+found) and controls.
 """
 
 import csv
@@ -25,7 +26,7 @@ from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import run_script
 from runtime.run import RESUME_IGNORED
-from tools import plots
+from tools import page, plots
 
 METHODS = {
     "main_CIL": "dense",
@@ -168,8 +169,8 @@ def group(runs):
     script, control, flags, dataset, classifiers; label: a short name; seeds: {seed: {task: row}};
     accuracy: {task: {seed: mean accuracy of the tasks so far}}; density: the same for the ticket
     made in a task, or for the model where none is made; ticket: equal for a ticket and its
-    controls. When a seed occurs twice, the second run opens another group, and both labels name
-    their folders.
+    controls; runs: its runs, as read. When a seed occurs twice, the second run opens another
+    group, and both labels name their folders.
     """
     groups, folders = {}, defaultdict(list)
     for run in runs:
@@ -182,7 +183,9 @@ def group(runs):
         ticket = (run["setting"], folders[same].index(run["folder"]))
         new = {key: run[key] for key in ("script", "flags", "folder")}
         new |= {key: run["config"][key] for key in ("control", "classifiers", "dataset")}
-        one = groups.setdefault((*ticket, new["control"]), new | {"ticket": ticket, "seeds": {}})
+        new |= {"ticket": ticket, "seeds": {}, "runs": []}
+        one = groups.setdefault((*ticket, new["control"]), new)
+        one["runs"].append(run)
         one["seeds"].setdefault(seed, {}).update(rows_by_task(run))
     groups = sorted(groups.values(), key=lambda one: [*METHODS].index(one["script"]))
     add_labels(groups)
@@ -359,11 +362,11 @@ def main(argv=None):
     tables["controls"] = (ABOUT_CONTROLS, *control_table(groups))
     tables = {name: table for name, table in tables.items() if table[2]}  # those with rows
     figures, missing = plots.draw(groups)
-    write_report(Path(args.out), tables, [*unfinished(groups), *missing], figures)
+    write_report(Path(args.out), groups, tables, [*unfinished(groups), *missing], figures)
 
 
-def write_report(out, tables, notes, figures):
-    """Print the tables and notes; write them and the figures to the folder `out`."""
+def write_report(out, groups, tables, notes, figures):
+    """Print the tables and notes; write them, the figures and the page to the folder `out`."""
     text = "".join(f"{about}\n\n{as_markdown(*table)}\n" for about, *table in tables.values())
     print(text + "".join(f"{note}\n" for note in notes), end="")
     definitions = "".join(f"- {name}: {meaning}\n" for name, meaning in metrics.DEFINITIONS.items())
@@ -375,8 +378,11 @@ def write_report(out, tables, notes, figures):
         save_text(out / name, content)
     for name, figure in figures.items():
         plots.write(figure, out / name)
+    drawings = {name: (out / f"{name}.svg").read_text("utf-8") for name in figures}
+    save_text(out / "report.html", page.render(groups, tables, notes, drawings, cell))
     written = [*files, "report.md", *(f"{name}.{kind}" for name in figures for kind in plots.KINDS)]
     print(f"written to {out}: {', '.join(written)}")
+    print(f"all on one page: {out / 'report.html'}")
 
 
 if __name__ == "__main__":
