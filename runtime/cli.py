@@ -243,7 +243,7 @@ def add_file_flags(parser, save_dir):
     flag(
         "--tensorboard",
         action="store_true",
-        help="also write the curves of metrics.csv to <save_dir>/tensorboard for TensorBoard, which "
+        help="also write the curves of metrics.csv for TensorBoard, to <save_dir>/tensorboard; it "
         "must be installed",
     )
     flag(

@@ -12,10 +12,10 @@ DEFINITIONS = {
     "(iCaRL, Rebuffi et al. 2017)",
     "forgetting": "the mean over i < T of max_{i <= t < T} a_{t,i} - a_{T,i}, in percentage "
     "points; negative where old tasks gained (Chaudhry et al. 2018)",
-    "backward transfer (BWT)": "the mean over i < T of a_{T,i} - a_{i,i}, in percentage points: what "
-    "later tasks changed (Lopez-Paz & Ranzato 2017)",
-    "task-aware accuracy": "as a_{t,i}, but each image is classified by the heads of its own task "
-    "alone, among the classes of that task",
+    "backward transfer (BWT)": "the mean over i < T of a_{T,i} - a_{i,i}, in percentage points: "
+    "what later tasks changed (Lopez-Paz & Ranzato 2017)",
+    "task-aware accuracy": "as a_{T,i}, but each image is classified by the heads of its own task "
+    "alone, among that task's classes",
 }
 
 

@@ -94,6 +94,7 @@ class Record:
             "script": script,
             "config": vars(args) | {"data": str(data.source)},
             "class_order": data.order,
+            "class_names": [str(data.names.get(c, c)) for c in data.order],
             "device": device_name(next(model.parameters()).device),
             "versions": {
                 "python": platform.python_version(),

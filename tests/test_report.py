@@ -10,6 +10,7 @@ import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 
 from runtime import metrics
+from runtime.epochs import read_epochs, save_epochs
 from runtime.errors import UserError
 from tools import plots, report
 
@@ -474,6 +475,47 @@ def test_without_controls_there_is_no_plot_of_them(tmp_path):
     assert plots.controls(groups_of(tmp_path)) is None
 
 
+# ------------------------------------------------------------------------------ training
+
+
+def with_curves(folder, accuracies, step="task1"):
+    """Give a run a metrics.csv, of a step with these validation accuracies."""
+    rows = read_epochs(folder / "metrics.csv")
+    for epoch, accuracy in enumerate(accuracies, 1):
+        row = {"step": step, "epoch": epoch, "lr": 0.1, "loss": 2.0, "accuracy": accuracy}
+        rows.append(row | {"seconds": 1.0, "images_per_second": 9.0, "new": 1.5})
+    save_epochs(folder / "metrics.csv", rows)
+    return folder
+
+
+def test_curves_are_means_over_seeds_of_the_tasks_alone(tmp_path):
+    accuracies = [[90.0], [80.0, 70.0]]
+    folders = [dense(tmp_path / str(seed), seed, accuracies) for seed in (0, 1)]
+    for folder, offset in zip(folders, (0.0, 10.0)):
+        with_curves(folder, [50.0 + offset, 60.0 + offset])
+        with_curves(folder, [1.0], "task1_prune1")
+        with_curves(folder, [70.0 + offset], "task2")
+    figure = plots.curves(groups_of(*folders))
+    left, right = figure.axes
+    dotted, line = right.get_lines()  # where task 2 begins
+    assert [*line.get_xdata()] == [1, 2, 3] and [*line.get_ydata()] == [55.0, 65.0, 75.0]
+    assert [*dotted.get_xdata()] == [2.5, 2.5]
+    assert [*left.get_lines()[1].get_ydata()] == [2.0] * 3  # the loss
+    assert plots.curves(groups_of(bottom_up(tmp_path / "BU"))) is None  # of before
+
+
+def test_confusion_in_percent_of_each_class(tmp_path):
+    rows = [{"accuracy": [90.0]}, {"accuracy": [80.0, 70.0], "confusion": [[3, 1], [0, 2]]}]
+    more = {"classes_per_classifier": 1}
+    folder = write(tmp_path / "run", "main_CIL", rows, **more)
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": ["cat", "dog"]}))
+    figure = plots.confusion(groups_of(folder))
+    assert texts_of(figure) == ["75", "25", "0", "100"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
+    assert plots.confusion(groups_of(bottom_up(tmp_path / "BU"))) is None
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -496,6 +538,13 @@ DAMAGES = {
     "decay nan": lambda run: run["states"][0]["rounds"][0].update(decay=float("nan")),
     "sparsity above 100": lambda run: run["config"].update(base_sparsity=100.5),
     "architecture a number": lambda run: run["config"].update(arch=18),
+    "task-aware accuracy above 100": lambda run: run["states"][0].update(task_aware=[101.0]),
+    "confusion not square": lambda run: run["states"][0].update(confusion=[[1, 2]]),
+    "confusion of shares": lambda run: run["states"][0].update(confusion=[[0.5, 0], [0, 1]]),
+    "confusion of too many classes": lambda run: run["states"][0].update(
+        confusion=[[1] * 9 for _ in range(9)]
+    ),
+    "names of classes a number": lambda run: run.update(class_names=3),
     "selection a number": lambda run: run["config"].update(select_on=1),
 }
 
@@ -551,6 +600,17 @@ def test_a_run_without_remaining_weights_is_drawn(tmp_path):
     path.write_text(re.sub(r'"(ticket_)?density": [\d.]+', r'"\1density": 0', path.read_text()))
     report.main([str(tmp_path / "BU"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "prunings.png").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text + ",", lambda text: text.replace(",1,", ",x,", 1)]
+)
+def test_damaged_curves_give_one_line(tmp_path, damage, no_plots):
+    folder = with_curves(dense(tmp_path / "run", 0, [[90.0], [80.0, 70.0]]), [50.0, 60.0])
+    path = folder / "metrics.csv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match="run/metrics.csv: is damaged; remove it"):
+        report.main([str(folder), "--out", str(tmp_path / "out")])
 
 
 def test_runs_without_results_are_skipped(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from runtime.cli import CONTROLS
+from runtime.epochs import PARTS
 from runtime.errors import one_line
 from runtime.files import atomic_write
 from runtime.metrics import mean_and_sd
@@ -269,6 +271,127 @@ def draw_matrix(axes, one, tasks):
     return image
 
 
+def confusion(groups):
+    """What the images of each class (a row) are taken for after the last task, in percent.
+
+    Means over seeds; a panel for each group that trains task after task, and for each test.
+    """
+    shown = [(one, found) for one in groups if (found := confusion_of(one)) is not None]
+    shown = [(one, found) for one, found in shown if one["script"] != "main_train"]
+    if not shown:
+        return None
+    figure, panels = panel_grid(len(shown), 2, 3.9)
+    for axes, (one, found) in zip(panels, shown):
+        image = draw_confusion(axes, found, one["class_names"])
+        axes.set_title(panel_label(one))
+    options = {"shrink": 0.7, "aspect": 40, "fraction": 0.03}
+    figure.colorbar(image, ax=figure.axes, label="images of the class (%)", **options)
+    figure.suptitle(f"Confusion of classes after the last task on {title(groups)}", fontsize=9)
+    return figure
+
+
+def confusion_of(one):
+    """Shares in percent after the group's last task, mean over seeds; None where not recorded."""
+    last = max(one["accuracy"])
+    rows = [rows[last] for rows in one["seeds"].values() if "confusion" in rows.get(last, {})]
+    if not rows:
+        return None
+    shares = [
+        [[100 * n / max(1, sum(line)) for n in line] for line in row["confusion"]] for row in rows
+    ]
+    return [[sum(cell) / len(rows) for cell in zip(*lines)] for lines in zip(*shares)]
+
+
+def draw_confusion(axes, found, names):
+    """The matrix of one group; numbers and names where there is room for them."""
+    image = axes.imshow(found, "cividis", vmin=0, vmax=100)
+    number = len(found)
+    axes.set(xlabel="taken for", ylabel="class")
+    if number <= 20:
+        names = [one_line(name, 14) for name in names[:number]]
+        axes.set_xticks(range(number), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(number), names, fontsize=7)
+    if number <= 10:
+        for y, line in enumerate(found):
+            for x, share in enumerate(line):
+                style = {"ha": "center", "va": "center", "fontsize": 7}
+                color = "white" if share < 55 else "black"
+                axes.text(x, y, f"{share:.0f}", color=color, **style)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+# ------------------------------------------------------------------------------ training
+
+
+PART_COLORS = dict(zip(PARTS, (BLUE, GREEN, SKY, ORANGE, PURPLE)))
+
+
+def curves(groups):
+    """Learning curves: the loss and its parts (not weighted), and the validation accuracy.
+
+    The epochs of all tasks one after the other; the accuracy is that on the classes so far. Lines
+    are means over seeds, the band spans the seeds.
+    """
+    shown = [(one, found) for one in groups if (found := epochs_of_tasks(one))]
+    if not shown:
+        return None
+    figure = Figure(figsize=(8, 1.2 + 1.9 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    for (left, right), (one, found) in zip(panels, shown):
+        draw_curves(left, found, {"loss": BLACK} | PART_COLORS)
+        draw_curves(right, found, {"accuracy": STYLES[one["script"]][0]})
+        left.set_title(panel_label(one).replace("\n", " "), loc="left")
+        left.set_ylabel("loss")
+        right.set(ylabel="validation accuracy (%)", ylim=(0, 100))
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch (dotted: a new task)")
+    names = {"loss": BLACK} | PART_COLORS
+    lines = [Line2D([], [], color=color, lw=1.2) for color in names.values()]
+    labels = [name.replace("_main", ", balanced heads") for name in names]
+    figure.legend(lines, labels, loc="outside lower center", ncols=3)
+    figure.suptitle(f"Learning curves on {title(groups)}", fontsize=9)
+    return figure
+
+
+def epochs_of_tasks(one):
+    """{place: {column: [values of the seeds]}} of a group's tasks, and where tasks begin.
+
+    Only whole tasks of main_CIL, main_TD and main_BU's dense network: not the retraining after
+    prunings. None where nothing is recorded.
+    """
+    if one["script"] not in ("main_CIL", *PRUNING):
+        return None
+    places, starts = {}, []
+    for run in one["runs"]:
+        rows = [row for row in run["epochs"] if re.fullmatch(r"task\d+", row["step"])]
+        for place, row in enumerate(rows, 1):
+            columns = places.setdefault(place, {})
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+            if row["epoch"] == 1:
+                starts.append(place)
+    return (places, sorted({*starts})) if places else None
+
+
+def draw_curves(axes, found, columns):
+    """Lines of some columns; columns: {name: color}."""
+    places, starts = found
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="0.6", lw=0.7, ls=":", zorder=0.5)
+    for name, color in columns.items():
+        # a column may be missing in some tasks: NaN leaves a gap
+        values = [place.get(name, [math.nan]) for place in places.values()]
+        means = [sum(each) / len(each) for each in values]
+        style = {"color": color, "lw": 1.6 if name in ("loss", "accuracy") else 0.9}
+        axes.plot([*places], means, marker="." if len(places) < 30 else "", ms=3, **style)
+        low, high = ([bound(each) for each in values] for bound in (min, max))
+        if low != high:
+            axes.fill_between([*places], low, high, color=color, alpha=0.15, lw=0)
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
 # ------------------------------------------------------------------------------ tickets
 
 
@@ -442,4 +565,4 @@ def draw_controls(axes, own, task, kinds):
     axes.grid(axis="x")
 
 
-PLOTS = (report, matrix, layers, prunings, controls)
+PLOTS = (report, matrix, confusion, curves, layers, prunings, controls)

@@ -7,8 +7,8 @@ Reads the results.json of each run, and those of main_train.py and test.py in th
 of one setting are a group, reported as mean and standard deviation over its seeds. Writes to --out:
 report.html, one page with everything; report.md with all tables, each table also as .csv, and the
 plots as .png and .svg: report (accuracy after each task, as in the paper's Figure 4), matrix
-(accuracy of each task), layers (density of each layer), prunings (bottom-up: how tickets were
-found) and controls.
+(accuracy of each task), confusion (of classes), curves (learning curves), layers (density of each
+layer), prunings (bottom-up: how tickets were found) and controls.
 """
 
 import csv
@@ -19,9 +19,11 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 from runtime import metrics
 from runtime.cli import CONTROLS, Parser
+from runtime.epochs import read_epochs
 from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import run_script
@@ -58,7 +60,7 @@ def read(folder):
     if not paths:
         raise UserError(f"{folder}: contains no results.json; give the --save_dir of a run")
     try:
-        runs = [json.loads(path.read_text()) for path in paths]
+        runs = [read_run(path) for path in paths]
         runs = [run for run in runs if run["states"] != []] or runs  # skip runs without a result
         for run in runs:
             check_run(run)
@@ -71,6 +73,13 @@ def read(folder):
             f"{folder}: results.json is damaged or has no results yet; give another run"
         ) from None
     return runs
+
+
+def read_run(path):
+    """The content of a results.json, and under "epochs" the rows of the metrics.csv beside it."""
+    run = json.loads(path.read_text())
+    name = path.name.replace("results.json", "metrics.csv")
+    return run | {"epochs": read_epochs(path.with_name(name))}
 
 
 def check_run(run):
@@ -94,12 +103,19 @@ def check_run(run):
     need_int(config.setdefault("seed", 0), 0, 2**63)
     need(isinstance(config["dataset"], str) and isinstance(config.get("arch", ""), str))
     need(states)
+    classes = tasks * config.get("classes_per_classifier", 1)
+    names = run.setdefault("class_names", [str(c) for c in run.get("class_order", ())])
+    need(len(names) <= 10_000 and all(isinstance(name, str) for name in names))
     first = states[0]["state"] if script in ("main_train", "test") else 1
     for state, row in enumerate(states, first):
         need_int(row["state"], state, min(state, tasks + (script == "main_TD")))
         accuracies = [row["accuracy"]]
         for key in ("mean", "density", *["ticket_density"] * ("ticket_density" in row)):
             need_number(row[key])
+        if "task_aware" in row:
+            accuracies.append(row["task_aware"])
+        if "confusion" in row:
+            check_confusion(row["confusion"], min(classes, len(names)))
         layers = [*row.get("layer_density", {}).values()]
         need(len(layers) <= 1000)
         if script == "main_BU":
@@ -116,6 +132,14 @@ def check_run(run):
         need_number(config["deacc"], -math.inf, math.inf)
         need_number(config["base_sparsity"])
         need(isinstance(config["select_on"], str))
+
+
+def check_confusion(matrix, most):
+    """Raise an error unless it is a square matrix of counts, of at most `most` classes."""
+    counts = [n for row in matrix for n in row]
+    square = all(len(row) == len(matrix) for row in matrix)
+    if not square or len(matrix) > most or not all(type(n) is int and 0 <= n < 1e9 for n in counts):
+        raise ValueError
 
 
 def setting_flags(run, first):
@@ -183,7 +207,7 @@ def group(runs):
         ticket = (run["setting"], folders[same].index(run["folder"]))
         new = {key: run[key] for key in ("script", "flags", "folder")}
         new |= {key: run["config"][key] for key in ("control", "classifiers", "dataset")}
-        new |= {"ticket": ticket, "seeds": {}, "runs": []}
+        new |= {"ticket": ticket, "seeds": {}, "runs": [], "class_names": run["class_names"]}
         one = groups.setdefault((*ticket, new["control"]), new)
         one["runs"].append(run)
         one["seeds"].setdefault(seed, {}).update(rows_by_task(run))
@@ -251,11 +275,19 @@ def measures(one, tasks_shown):
         ("last", metrics.last_accuracy),
         ("AIA", metrics.average_incremental_accuracy),
         ("forgetting", metrics.forgetting),
+        ("BWT", metrics.backward_transfer),
     ):
         values = [function(matrix) for matrix in matrices]
         found.append((name, [value for value in values if value is not None], 1))
+    aware = [mean(rows[max(tasks)]["task_aware"]) for rows in finished if recorded(rows, tasks)]
+    found.append(("task-aware", aware, 1))
     last = [*one["density"].values()][-1:]
     return [*found, ("density", [*last[0].values()] if last else [], 2)]
+
+
+def recorded(rows, tasks):
+    """Whether the row after the last task has the task-aware accuracy (older records lack it)."""
+    return "task_aware" in rows[max(tasks)]
 
 
 def run_table(groups):
@@ -332,9 +364,10 @@ def cell(values, decimals, seeds):
 
 # ------------------------------------------------------------------------------ the report
 
-ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. Density is
-the percentage of weights that remain in the last ticket. Mean ± standard deviation (n - 1) over
-seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
+ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. BWT is the
+backward transfer, task-aware the accuracy after the last task by the heads of each image's task.
+Density is the percentage of weights that remain in the last ticket. Mean ± standard deviation
+(n - 1) over seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
 ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. The last
 column is the difference from the ticket of the same seed, in percentage points."""
 
