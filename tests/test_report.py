@@ -230,10 +230,10 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     report.main([*runs, "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "report.md").read_text()
     expected = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
-    row = [cell.strip() for cell in text.splitlines()[6].strip("| ").split("|")]
-    assert row == [*expected, "100.00 ± 0.00"]
+    row = [cell.strip() for cell in text.splitlines()[7].strip("| ").split("|")]
+    assert row == [*expected, "-12.0 ± 13.1", "100.00 ± 0.00"]
     assert all(f"- {name}: " in text for name in metrics.DEFINITIONS)
-    assert text.splitlines()[6] in capsys.readouterr().out
+    assert text.splitlines()[7] in capsys.readouterr().out
     assert "controls" not in text and not (tmp_path / "out" / "controls.csv").exists()
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         (row,) = csv.DictReader(file)

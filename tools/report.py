@@ -294,7 +294,14 @@ def run_table(groups):
     """(column names, rows as (texts, number of seeds, measures)) of the runs without controls."""
     tasks = max(one["classifiers"] for one in groups)
     shown = [one for one in groups if one["control"] == "none"]
-    return ["run"], [([one["label"]], len(one["seeds"]), measures(one, tasks)) for one in shown]
+    rows = [([one["label"]], len(one["seeds"]), measures(one, tasks)) for one in shown]
+    return ["run"], without_empty_columns(rows)
+
+
+def without_empty_columns(rows):
+    """Rows of a table without the measures that no run has, such as those that old records lack."""
+    found = [any(values for _, values, _ in column) for column in zip(*(row[2] for row in rows))]
+    return [(*row[:2], [each for each, keep in zip(row[2], found) if keep]) for row in rows]
 
 
 def control_table(groups):
