@@ -56,6 +56,11 @@ class Data:
     pad: int
     names: dict = field(default_factory=dict)  # class id -> name, where known
 
+    @property
+    def image_size(self):
+        """(height, width) of an image."""
+        return tuple(self.pool.shape[1:3])
+
     def of_tasks(self, part, first, last):
         """Images uint8 [n,H,W,3] and labels int64 [n] of tasks first..last (from 1).
 

@@ -45,6 +45,7 @@ def main(argv=None):
             state=t,
             **trainer.evaluate_tasks(model, task, run, f"task{t}"),
             density=100.0,
+            **pruning_utils.network_record({}, args, data),
             training=trained.summary(),
         )
     return run.close([row["accuracy"] for row in run.results["states"]])

@@ -138,7 +138,7 @@ def main(argv=None):
             state=t,
             **evaluated,
             density=tested,
-            **pruning_utils.ticket_record(masks),
+            **pruning_utils.ticket_record(masks, args, data),
             training=trained.summary(),
         )
         # 4. train the next task; after the last one, that one once more
@@ -149,6 +149,7 @@ def main(argv=None):
         state=tasks + 1,
         **trainer.evaluate_tasks(model, task, run, "result"),
         density=pruning_utils.density(pruning_utils.masks_of(model)),
+        **pruning_utils.network_record(masks, args, data),
         training=trained.summary(),
     )
     # task T's row is that of the result, the model of "task T+1"

@@ -128,7 +128,7 @@ def main(argv=None):
         state=t,
         **trainer.evaluate_tasks(model, task, run, step),
         density=pruning_utils.density(masks) if masks else 100.0,
-        layer_density=pruning_utils.densities(masks),
+        **pruning_utils.network_record(masks, args, data),
         training=trained.summary(),
     )
     return run.close()

@@ -12,6 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 import utils
 from models.base import MASK, ORIG, dense_state
+from models.cost import cost
 from runtime.checkpoint import read_state_dict, save_checkpoint
 from runtime.errors import UserError
 
@@ -105,9 +106,15 @@ def densities(masks):
     return {name: density({name: mask}) for name, mask in masks.items()}
 
 
-def ticket_record(masks):
+def network_record(masks, args, data):
+    """The fields of a record that describe the network of args under masks (see models/cost.py)."""
+    layers = densities(masks)
+    return {"layer_density": layers, "cost": cost(args, data.image_size, layers)}
+
+
+def ticket_record(masks, args, data):
     """The fields of a record that describe a ticket."""
-    return {"ticket_density": density(masks), "layer_density": densities(masks)}
+    return {"ticket_density": density(masks)} | network_record(masks, args, data)
 
 
 def apply_mask(model, masks):

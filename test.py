@@ -3,7 +3,8 @@
     python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned --state 5
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
 
-Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, and the density.
+Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
+the model costs (models/cost.py).
 With --save_dir the records are written there too, as test_<P>_results.json.
 """
 
@@ -42,13 +43,22 @@ def parse(argv):
     return args
 
 
+def cost_line(weights, macs, macs_percent, checkpoint_bytes, packed_bytes):
+    """A line on the cost of a model, as models/cost.py computes it."""
+    return (
+        f"cost (computed): {weights:,} convolution weights, {macs:,} multiply-accumulates per "
+        f"image ({macs_percent:.2f} % of the dense network's), {checkpoint_bytes:,} bytes as in a "
+        f"checkpoint, {packed_bytes:,} packed"
+    )
+
+
 def main(argv=None):
     args, start = parse(argv), time.monotonic()
     device = utils.pick_device(args)
     state = read_state_dict(args.pretrained)
-    pruned = bool(pruning_utils.extract_mask(state))
-    if pruned != args.pruned:
-        kind, advice = ("pruned", "add") if pruned else ("dense", "leave out")
+    masks = pruning_utils.extract_mask(state)
+    if bool(masks) != args.pruned:
+        kind, advice = ("pruned", "add") if masks else ("dense", "leave out")
         raise UserError(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
     model = build_model(args).to(device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
@@ -61,8 +71,10 @@ def main(argv=None):
         state=args.state,
         **evaluated,
         density=pruning_utils.density(pruning_utils.masks_of(model)),
+        **pruning_utils.network_record(masks, args, data),
         seconds=time.monotonic() - start,
     )
+    print(cost_line(**record.results["states"][-1]["cost"]))
     return record.close()
 
 

@@ -95,6 +95,7 @@ class Record:
             "config": vars(args) | {"data": str(data.source)},
             "class_order": data.order,
             "class_names": [str(data.names.get(c, c)) for c in data.order],
+            "image_size": data.image_size,
             "device": device_name(next(model.parameters()).device),
             "versions": {
                 "python": platform.python_version(),

@@ -494,6 +494,9 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, starts, capsys):
     retrained = tmp_path / "retrain_task2_best_model.pt"
     tested = run_test(retrained, "--pruned", "--state", "2", "--save_dir", str(tmp_path / "tested"))
     assert (tested["accuracy"], tested["density"]) == (row["accuracy"], row["density"])
+    cost = row["cost"]
+    assert tested["cost"] == cost and cost["weights"] == sum(int(m.sum()) for m in masks.values())
+    assert f"{cost['macs']:,} multiply-accumulates" in capsys.readouterr().out
     records = results(tmp_path / "tested", "test_retrain_task2_best_model_results.json")
     assert records["script"] == "test"
 

@@ -1,0 +1,102 @@
+"""What a network costs to run and to store, computed from its shapes and densities, not measured.
+
+A multiply-accumulate (MAC) is one weight used once: at each output position of a convolution every
+weight is, at the border too, where it meets padding (as is usual). Counted are the convolutions and
+the balanced heads of all tasks, which predict; not BatchNorm, ReLU, additions and pooling, nor the
+random heads, which only train. The MACs that remain are those of the weights that remain: what a
+kernel that skips each zero would need. A dense kernel does them all.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from models import BACKBONES
+
+HEADS = "linear_main"
+
+
+def cost(args, size, densities):
+    """What the network of args costs on an image of size (height, width), as a dict for records.
+
+    densities: {convolution: percent of its weights that remain}; empty: dense. Raises ValueError
+    unless these are the network's convolutions. The dict holds
+
+    weights           convolution weights that remain
+    macs              multiply-accumulates of one image that remain
+    macs_percent      the share of the dense network's
+    checkpoint_bytes  the tensors of a state dict in our checkpoints, where a pruned convolution has
+                      weight_orig and weight_mask, both float32. The optimizer's momentum,
+                      which *_best_model.pt also holds, is not counted
+    packed_bytes      the same if a pruned convolution took a bit for each weight and 4 bytes for
+                      each that remains
+    """
+    layers, dense_bytes = dense_layers(*described(args), size)
+    left = remaining(layers, densities)
+    checkpoint_bytes = packed_bytes = dense_bytes
+    if densities:
+        prunable, kept = (sum(each[name][0] for name in densities) for each in (layers, left))
+        checkpoint_bytes += 4 * prunable
+        packed_bytes += -(-prunable // 8) - 4 * (prunable - kept)
+    return {
+        "weights": sum(n for name, (n, _) in left.items() if name != HEADS),
+        "macs": macs(left),
+        "macs_percent": 100 * macs(left) / macs(layers),
+        "checkpoint_bytes": checkpoint_bytes,
+        "packed_bytes": packed_bytes,
+    }
+
+
+def layer_macs(args, size, densities):
+    """{layer: (MACs that remain, MACs)}, both in percent of all the dense network's; see cost."""
+    layers, _ = dense_layers(*described(args), size)
+    left, percent = remaining(layers, densities), macs(layers) / 100
+    return {
+        name: (left[name][0] * positions / percent, n * positions / percent)
+        for name, (n, positions) in layers.items()
+    }
+
+
+def remaining(layers, densities):
+    """dense_layers() with the numbers of weights that remain. Raises ValueError as cost() does."""
+    if densities and densities.keys() != layers.keys() - {HEADS}:
+        raise ValueError("these are not the densities of the network's convolutions")
+    kept = {
+        name: (round(layers[name][0] * density / 100), layers[name][1])
+        for name, density in densities.items()
+    }
+    return layers | kept
+
+
+def macs(layers):
+    return sum(n * positions for n, positions in layers.values())
+
+
+def described(args):
+    """What of args makes up a network's shapes."""
+    return args.arch, args.classes_per_classifier, args.classifiers, args.width
+
+
+@functools.cache
+def dense_layers(arch, classes_per_classifier, classifiers, width, size):
+    """{layer: (weights, output positions per image)} of a dense network, and its state's bytes.
+
+    The balanced heads are one layer, HEADS. An image passes on the meta device: no memory, no
+    arithmetic.
+    """
+    with torch.device("meta"):
+        model = BACKBONES[arch](classes_per_classifier, classifiers, width, False).eval()
+        image = torch.empty(1, 3, *size)
+    layers = {}
+
+    def count(name, conv, inputs, output):
+        layers[name] = conv.weight.numel(), output[0, 0].numel()
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(functools.partial(count, name))
+    model.body(image)
+    layers[HEADS] = sum(head.weight.numel() for head in model.linear_main), 1
+    state = model.state_dict().values()
+    return layers, sum(tensor.numel() * tensor.element_size() for tensor in state)
