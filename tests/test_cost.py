@@ -1,6 +1,7 @@
-"""models/cost.py against hand counts, brute force, and files."""
+"""models/cost.py against hand counts, brute force, files, and the records of results/reduced."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pruning_utils
 from models import build_model
 from models.cost import HEADS, cost, layer_macs
 from runtime.checkpoint import save_checkpoint
+from tools import report
 
+ROOT = Path(__file__).parent.parent
 CONV = 3 * 3
 
 
@@ -123,3 +126,17 @@ def test_bytes_of_a_packed_ticket_are_bits_and_remaining_weights(ticket):
 def test_densities_of_other_layers_are_an_error():
     with pytest.raises(ValueError, match="densities"):
         cost(flags("resnet18", 4), (32, 32), {"conv1": 50.0})
+
+
+def test_the_sparser_tickets_of_the_reduced_protocol_cost_more():
+    """The figures of docs/evidence.md, of three seeds."""
+    folders = sorted((ROOT / "results" / "reduced").glob("seed*/*"))
+    groups = report.group([run for folder in folders for run in report.read(folder)])
+    macs, density = {"TD": [], "BU": []}, {"TD": [], "BU": []}
+    for one in groups:
+        if (name := one["label"].split()[0]) in macs:
+            macs[name] += one["macs"][5].values()
+            density[name] += one["density"][5].values()
+    found = {name: [f"{f(values):.1f}" for f in (min, max)] for name, values in macs.items()}
+    assert found == {"TD": ["16.0", "16.6"], "BU": ["21.6", "24.8"]}
+    assert max(density["BU"]) < min(density["TD"])

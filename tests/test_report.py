@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
 
+import pruning_utils
+from models import ResNet18
 from runtime import metrics
 from runtime.epochs import read_epochs, save_epochs
 from runtime.errors import UserError
@@ -225,15 +227,16 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     for seed, rows in enumerate(
         ([[90.0], [80.0, 60.0]], [[96.0], [70.0, 50.0]], [[93.0], [93.0, 31.0]])
     ):
-        dense(tmp_path / f"dense{seed}", seed, rows)
+        dense(tmp_path / f"dense{seed}", seed, rows, classes_per_classifier=2)
     runs = [str(path) for path in sorted(tmp_path.glob("dense?"))]
     report.main([*runs, "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "report.md").read_text()
     expected = ["dense", "3", "93.0 ± 3.0", "64.0 ± 5.3", "64.0 ± 5.3", "78.5 ± 1.3", "12.0 ± 13.1"]
-    row = [cell.strip() for cell in text.splitlines()[7].strip("| ").split("|")]
-    assert row == [*expected, "-12.0 ± 13.1", "100.00 ± 0.00"]
+    (line,) = (line for line in text.splitlines() if line.startswith("| dense"))
+    row = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert row == [*expected, "-12.0 ± 13.1", "100.00 ± 0.00", "100.0 ± 0.0"]
     assert all(f"- {name}: " in text for name in metrics.DEFINITIONS)
-    assert text.splitlines()[7] in capsys.readouterr().out
+    assert line in capsys.readouterr().out
     assert "controls" not in text and not (tmp_path / "out" / "controls.csv").exists()
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -243,6 +246,50 @@ def test_tables_hold_means_and_sample_standard_deviations(tmp_path, capsys, no_p
     )
     assert float(row["forgetting sd"]) == pytest.approx(statistics.stdev([10, 26, 0]), abs=1e-4)
     assert float(row["AIA mean"]) == pytest.approx(78.5)
+
+
+def halves(width=4):
+    """The densities of a ResNet18 with half of each layer, as a record holds them."""
+    return dict.fromkeys(pruning_utils.convolutions(ResNet18(2, 2, width)), 50.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "known"),
+    [
+        ({"layer_density": halves(), "ticket_density": 50.0}, {}, True),
+        ({"layer_density": halves(), "ticket_density": 50.0}, {"dataset": "tiny_imagenet"}, True),
+        ({"layer_density": halves(), "ticket_density": 50.0}, {"dataset": "folder"}, False),
+        ({"layer_density": halves(), "ticket_density": 50.0}, {"arch": "resnet32"}, False),
+        ({"layer_density": halves(), "ticket_density": 50.0}, {"arch": "of a fork"}, False),
+        ({"layer_density": LAYERS, "ticket_density": 50.0}, {}, False),
+        ({"layer_density": {}, "density": 50.0}, {}, False),
+        ({"density": 50.0}, {}, False),
+    ],
+)
+def test_multiply_accumulates_where_a_record_tells_enough(tmp_path, no_plots, row, config, known):
+    """All convolutions halved, the heads not; records without "cost" and "image_size"."""
+    config = {"classes_per_classifier": 2, "classifiers": 1} | config
+    run = write(tmp_path, "main_CIL", [{"accuracy": [90.0]} | row], **config)
+    report.main([str(run), "--out", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        (found,) = csv.DictReader(file)
+    assert found["density mean"] == "50.0000" and found["MACs sd"] == ""
+    assert (found["MACs mean"] != "") == known
+    if known:
+        assert float(found["MACs mean"]) == pytest.approx(50, abs=0.01)
+
+
+def test_the_recorded_size_of_images_decides(tmp_path):
+    """Images of a folder have any size; the larger ones make the heads matter less."""
+    found = []
+    for side in (16, 32):
+        row = {"accuracy": [90.0], "layer_density": halves(), "ticket_density": 50.0}
+        config = {"dataset": "folder", "classes_per_classifier": 50}
+        path = write(tmp_path / str(side), "main_CIL", [row], **config) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [side, side]}))
+        (one,) = groups_of(path.parent)
+        found.append(one["macs"][1][0])
+    assert found[0] > found[1] > 50
 
 
 def test_one_seed_has_no_standard_deviation(tmp_path, no_plots):
@@ -418,6 +465,22 @@ def test_plot_of_layers(tmp_path):
     assert "30.00 %" in panel.get_title(loc="left")
 
 
+def test_plot_of_what_the_layers_cost(tmp_path):
+    """A panel below that of the densities, of what remains and, in gray, of the dense network."""
+    ticket = {"ticket_density": 50.0, "layer_density": halves()}
+    rows = [ticket | {"accuracy": [90.0] * n} for n in (1, 2)] + [{"accuracy": [80.0] * 2}]
+    run = write(tmp_path, "main_TD", rows, classes_per_classifier=2)
+    densities, costs = plots.layers(groups_of(run)).axes
+    (bars,) = (each for each in densities.containers if isinstance(each, BarContainer))
+    assert {bar.get_height() for bar in bars} == {50}
+    gray, left = (each for each in costs.containers if isinstance(each, BarContainer))
+    assert [2 * bar.get_height() for bar in left] == pytest.approx(
+        [bar.get_height() for bar in gray]
+    )
+    assert sum(bar.get_height() for bar in gray) == pytest.approx(100, abs=0.02)  # without heads
+    assert "50.00 % of the dense network's" in costs.get_title(loc="left")
+
+
 def test_layers_of_TD_are_those_of_its_last_ticket(tmp_path):
     states = [
         {"accuracy": [90.0], "ticket_density": 80.0, "layer_density": {"conv1": 80.0}},
@@ -545,6 +608,9 @@ DAMAGES = {
         confusion=[[1] * 9 for _ in range(9)]
     ),
     "names of classes a number": lambda run: run.update(class_names=3),
+    "classes a text": lambda run: run["config"].update(classes_per_classifier="2"),
+    "size of images a number": lambda run: run.update(image_size=32),
+    "size of images negative": lambda run: run.update(image_size=[-1, 32]),
     "selection a number": lambda run: run["config"].update(select_on=1),
 }
 

@@ -513,6 +513,7 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, starts, capsys):
     printed = capsys.readouterr().out
     assert "| BU " in printed and "| TR-BU     | 2    | the ticket |" in printed
     assert f"{results(tmp_path)['states'][2]['mean']:.1f}" in printed
+    assert f"| {cost['macs_percent']:.1f} " in printed
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

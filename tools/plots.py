@@ -396,7 +396,8 @@ def draw_curves(axes, found, columns):
 
 
 def layers(groups):
-    """Density of each layer under the last ticket: a panel for each group with tickets.
+    """Density of each layer under the last ticket, and below it what the layer costs to run: two
+    panels for each group with tickets, one where the cost is not known.
 
     The tickets of main_train are those of a main_BU; they are drawn if no main_BU is given.
     """
@@ -407,27 +408,52 @@ def layers(groups):
         if one["script"] in scripts:
             last = max(one["accuracy"])
             rows = [rows[last] for rows in one["seeds"].values() if last in rows]
-            rows = [row["layer_density"] for row in rows if row.get("layer_density")]
-            if rows and all(row.keys() == rows[0].keys() for row in rows):
+            rows = [row for row in rows if row.get("layer_density")]
+            names = rows and rows[0]["layer_density"].keys()
+            if rows and all(row["layer_density"].keys() == names for row in rows):
                 shown.append((one, color, last, rows))
     if not shown:
         return None
-    figure = Figure(figsize=(8, 1.1 + 1.6 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True, sharey=True).flatten()
-    for axes, (one, color, last, rows) in zip(panels, shown):
-        draw_layers(axes, rows, color)
-        density = one["density"][last].values()
-        axes.axhline(mean_and_sd([*density])[0], color="0.3", lw=1, ls="--", zorder=0.5)
-        text = f"ticket of task {last}, {percent(density)} overall (dashed), n = {len(rows)}"
-        axes.set_title(f"{one['label']}: {text}", loc="left")
+    panels = []
+    for *group, rows in shown:
+        panels.append((draw_densities, *group, rows))
+        if known := [row for row in rows if row["layer_macs"]]:
+            panels.append((draw_macs, *group, known))
+    figure = Figure(figsize=(8, 1.1 + 1.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flatten()
+    for each, (draw_panel, *group) in zip(axes, panels):
+        draw_panel(each, *group)
+    figure.align_ylabels()
     text = "; whiskers: standard deviation" * any(len(rows) > 1 for *_, rows in shown)
-    figure.supylabel("remaining weights in each layer (%)", fontsize=9)
-    figure.suptitle(f"Density of each layer on {title(groups)}{text}", fontsize=9)
+    figure.suptitle(f"Last tickets on {title(groups)}, layer by layer{text}", fontsize=9)
     return figure
 
 
-def draw_layers(axes, rows, color):
-    """Bars with whiskers and numbers. rows: {layer: density} of each seed."""
+def draw_densities(axes, one, color, last, rows):
+    """The densities of a group's layers under the ticket of task `last`; rows: one of each seed."""
+    draw_layers(axes, [row["layer_density"] for row in rows], color, 100)
+    density = one["density"][last].values()
+    axes.axhline(mean_and_sd([*density])[0], color="0.3", lw=1, ls="--", zorder=0.5)
+    text = f"weights of the ticket of task {last}, {percent(density)} overall (dashed)"
+    axes.set_title(f"{one['label']}: {text}, n = {len(rows)}", loc="left")
+    axes.set(yticks=range(0, 101, 25), ylabel="weights (%)")
+
+
+def draw_macs(axes, one, color, last, rows):
+    """The multiply-accumulates of the layers; parameters as in draw_densities."""
+    names = rows[0]["layer_density"]
+    dense = [rows[0]["layer_macs"][name][1] for name in names]
+    axes.bar(range(len(dense)), dense, color="0.88", width=0.75)
+    remaining = [{name: row["layer_macs"][name][0] for name in names} for row in rows]
+    draw_layers(axes, remaining, color, max(dense))
+    overall = percent(one["macs"][last].values())
+    text = f"its multiply-accumulates, {overall} of the dense network's (gray)"
+    axes.set_title(f"{one['label']}: {text}, n = {len(rows)}", loc="left")
+    axes.set_ylabel("MACs (% of all)")
+
+
+def draw_layers(axes, rows, color, top):
+    """Bars with whiskers and numbers. rows: {layer: percent} of each seed; top: of the axis."""
     names = [one_line(name, 24) for name in rows[0]]
     pairs = [mean_and_sd([row[name] for row in rows]) for name in rows[0]]
     means, deviations = [mean for mean, _ in pairs], [sd or 0 for _, sd in pairs]
@@ -440,8 +466,9 @@ def draw_layers(axes, rows, color):
         decimals = (mean < 9.5) + (0 < mean < 0.95)
         style = {"ha": "center", "va": "bottom", "fontsize": 7}
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.text(x, mean + deviation + 2, f"{mean:.{decimals}f}", bbox=box, **style)
-    axes.set(ylim=(0, 119), yticks=range(0, 101, 25), xlim=(-0.6, len(names) - 0.4))
+        y = mean + deviation + 0.02 * top
+        axes.text(x, y, f"{mean:.{decimals}f}", bbox=box, **style)
+    axes.set(ylim=(0, 1.19 * top), xlim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y")
     axes.set_xticks(places, names, rotation=90, fontsize=8)
 

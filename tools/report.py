@@ -7,8 +7,8 @@ Reads the results.json of each run, and those of main_train.py and test.py in th
 of one setting are a group, reported as mean and standard deviation over its seeds. Writes to --out:
 report.html, one page with everything; report.md with all tables, each table also as .csv, and the
 plots as .png and .svg: report (accuracy after each task, as in the paper's Figure 4), matrix
-(accuracy of each task), confusion (of classes), curves (learning curves), layers (density of each
-layer), prunings (bottom-up: how tickets were found) and controls.
+(accuracy of each task), confusion (of classes), curves (learning curves), layers (density and
+multiply-accumulates of each layer), prunings (bottom-up: how tickets were found) and controls.
 """
 
 import csv
@@ -17,10 +17,14 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from datasets import DATASETS
+from models import BACKBONES
+from models.cost import layer_macs
 from runtime import metrics
 from runtime.cli import CONTROLS, Parser
 from runtime.epochs import read_epochs
@@ -100,6 +104,10 @@ def check_run(run):
     need(script in METHODS and config.setdefault("control", "none") in CONTROLS)
     need_int(tasks, 1, 1000)
     need_int(config["width"], 1, 4096)
+    need_int(config.get("classes_per_classifier", 1), 1, 10**6)
+    need(len(run.get("image_size", (9, 9))) == 2)
+    for side in run.get("image_size", ()):
+        need_int(side, 9, 10**4)
     need_int(config.setdefault("seed", 0), 0, 2**63)
     need(isinstance(config["dataset"], str) and isinstance(config.get("arch", ""), str))
     need(states)
@@ -142,6 +150,24 @@ def check_confusion(matrix, most):
         raise ValueError
 
 
+def macs_of(run, row):
+    """What layer_macs() says of a row's ticket, or of its model if no ticket is made; None if its
+    record tells too little. Computed here for all, as older records hold no cost.
+    """
+    config, densities = ADDED_FLAGS | run["config"], row.get("layer_density", {})
+    if not densities and row.get("ticket_density", row["density"]) != 100:
+        return None
+    size = run.get("image_size")
+    if not size and (spec := DATASETS.get(config["dataset"])) and not spec.from_source:
+        size = (spec.side, spec.side)
+    if not size or config["arch"] not in BACKBONES or "classes_per_classifier" not in config:
+        return None
+    try:
+        return layer_macs(Namespace(**config), tuple(size), densities)
+    except ValueError:  # of a network with other layers than the one of this name here
+        return None
+
+
 def setting_flags(run, first):
     """The flags that make up a run's setting. first: the first of the runs in its folder.
 
@@ -174,14 +200,15 @@ def rows_by_task(run):
     """{task: row} of a run, where the row holds the accuracy after that task.
 
     The row of main_TD's last task T is that of its result, the model of "task T+1" under the ticket
-    that task T's prunings made. Without a result yet, there is no such row.
+    that task T's prunings made. Without a result yet, there is no such row. Each row also gets the
+    layer_macs of macs_of().
     """
     rows, tasks = {row["state"]: row for row in run["states"]}, run["config"]["classifiers"]
     if run["script"] == "main_TD":
         ticket = rows.pop(tasks, {})
         if tasks + 1 in rows:
             rows[tasks] = ticket | rows.pop(tasks + 1)
-    return rows
+    return {task: row | {"layer_macs": macs_of(run, row)} for task, row in rows.items()}
 
 
 # ------------------------------------------------------------------------------ grouping
@@ -192,9 +219,10 @@ def group(runs):
 
     script, control, flags, dataset, classifiers; label: a short name; seeds: {seed: {task: row}};
     accuracy: {task: {seed: mean accuracy of the tasks so far}}; density: the same for the ticket
-    made in a task, or for the model where none is made; ticket: equal for a ticket and its
-    controls; runs: its runs, as read. When a seed occurs twice, the second run opens another
-    group, and both labels name their folders.
+    made in a task, or for the model where none is made; macs: its multiply-accumulates in percent
+    of the dense network's, where they are known; ticket: equal for a ticket and its controls;
+    runs: its runs, as read. When a seed occurs twice, the second run opens another group, and both
+    labels name their folders.
     """
     groups, folders = {}, defaultdict(list)
     for run in runs:
@@ -218,14 +246,21 @@ def group(runs):
         if one["script"] == "main_BU":
             one["dense"] = series(one, lambda row: sum(row["dense_accuracy"]) / row["state"])
         one["density"] = series(one, lambda row: row.get("ticket_density", row["density"]))
+        one["macs"] = series(one, total_macs)
     return groups
 
 
 def series(one, value):
-    """{task: {seed: value(row)}} of a group, in the order of tasks and seeds."""
+    """{task: {seed: value(row)}} of a group, in the order of tasks and seeds, without None."""
     tasks = sorted(set().union(*one["seeds"].values()))
     seeds = sorted(one["seeds"].items())
-    return {t: {seed: value(rows[t]) for seed, rows in seeds if t in rows} for t in tasks}
+    found = {t: {seed: value(rows[t]) for seed, rows in seeds if t in rows} for t in tasks}
+    return {t: {seed: v for seed, v in own.items() if v is not None} for t, own in found.items()}
+
+
+def total_macs(row):
+    """Multiply-accumulates in percent of the dense network's; None where they are not known."""
+    return row["layer_macs"] and sum(left for left, _ in row["layer_macs"].values())
 
 
 def add_labels(groups):
@@ -281,8 +316,10 @@ def measures(one, tasks_shown):
         found.append((name, [value for value in values if value is not None], 1))
     aware = [mean(rows[max(tasks)]["task_aware"]) for rows in finished if recorded(rows, tasks)]
     found.append(("task-aware", aware, 1))
-    last = [*one["density"].values()][-1:]
-    return [*found, ("density", [*last[0].values()] if last else [], 2)]
+    for name, key, decimals in (("density", "density", 2), ("MACs", "macs", 1)):
+        last = [*one[key].values()][-1:]
+        found.append((name, [*last[0].values()] if last else [], decimals))
+    return found
 
 
 def recorded(rows, tasks):
@@ -329,6 +366,7 @@ def control_row(variants, control, task):
     found = [
         ("accuracy", [*accuracy.values()], 1),
         ("density", [*one["density"][task].values()], 2),
+        ("MACs", [*one["macs"][task].values()], 1),
         ("minus the ticket", difference, 1),
     ]
     return [one["label"], str(task), CONTROLS[control]], len(accuracy), found
@@ -373,8 +411,9 @@ def cell(values, decimals, seeds):
 
 ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. BWT is the
 backward transfer, task-aware the accuracy after the last task by the heads of each image's task.
-Density is the percentage of weights that remain in the last ticket. Mean ± standard deviation
-(n - 1) over seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
+Density is the percentage of weights that remain in the last ticket, and MACs that of the
+multiply-accumulates per image (computed, not measured). Mean ± standard deviation (n - 1) over
+seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
 ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. The last
 column is the difference from the ticket of the same seed, in percentage points."""
 
