@@ -2,8 +2,11 @@
 
     python main_CIL.py                                  the published protocol on CIFAR-10
     python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3
+    python main_CIL.py --joint --save_dir joint         upper bound: all images of old tasks
+    python main_CIL.py --finetune --save_dir finetune   lower bound: no images of old tasks
 
-Each task starts from the best model of the one before; all tests are of best models.
+Each task starts from the best model of the one before; all tests are of best models. The bounds
+keep the heads and the loss, except that no exemplars means no term of old images and no teaching.
 """
 
 import dataset
@@ -13,19 +16,58 @@ import trainer
 import utils
 from models import BACKBONES
 from runtime import cli
+from runtime.errors import UserError
 from runtime.process import run_script
 from runtime.run import Run
 
 
 def make_parser():
-    return cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
+    parser = cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
+    flag = parser.add_argument_group("bounds").add_argument
+    flag(
+        "--joint",
+        action="store_true",
+        help="the upper bound: train with all training images of the old tasks in place of "
+        "exemplars, which then only query the pool",
+    )
+    flag(
+        "--finetune",
+        action="store_true",
+        help="the lower bound: train with the new images alone, without exemplars and so without "
+        "lottery teaching",
+    )
+    return parser
 
 
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
+    check_bounds(args)
+    args.no_teaching |= args.finetune  # nothing queries the pool
     cli.finalize_args(args, "{}_cil")
     return args
+
+
+def check_bounds(args):
+    """Raise UserError where --joint or --finetune contradicts another flag, or changes nothing."""
+    bound = "joint" if args.joint else "finetune" if args.finetune else None
+    if args.joint and args.finetune:
+        raise UserError("--joint --finetune: are two runs, the upper and the lower bound; give one")
+    if bound and args.no_teaching:
+        reason = {
+            "joint": "the upper bound has the loss of the baseline, lottery teaching included",
+            "finetune": "without exemplars there is no lottery teaching anyway",
+        }
+        raise UserError(f"--{bound} --no_teaching: {reason[bound]}; leave --no_teaching out")
+    if bound and args.classifiers == 1:
+        raise UserError(f"--{bound} --classifiers 1: there are no old tasks; leave --{bound} out")
+
+
+def memory(data, args):
+    """The images that are kept of each class when its task is over: {class id: uint8 [n,H,W,3]}."""
+    if args.finetune:
+        return {c: images[:0] for c, images in data.exemplars.items()}
+    return data.train if args.joint else data.exemplars
 
 
 def main(argv=None):
@@ -36,7 +78,7 @@ def main(argv=None):
     run = Run("main_CIL", args, data, model)
     trainer.save_initialization(model, run)
     for t in range(1, args.classifiers + 1):
-        task = teaching.build_task(data, args, t)
+        task = teaching.build_task(data, args, t, memory(data, args))
         trained = trainer.train_task(model, task, run, f"task{t}")
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:

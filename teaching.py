@@ -190,6 +190,9 @@ def check_sums(folder, paths, teacher):
             raise UserError(f"{path}: does not match {sums}; let the run write it again")
 
 
-def build_task(data, args, t):
-    """The training data of task t, with the soft labels that the teacher of task t-1 stored."""
-    return make_task(data, t, load_soft_labels(data, args, t))
+def build_task(data, args, t, memory=None):
+    """The training data of task t, with the soft labels that the teacher of task t-1 stored.
+
+    memory: as in make_task().
+    """
+    return make_task(data, t, load_soft_labels(data, args, t), memory)

@@ -35,16 +35,19 @@ class Task(NamedTuple):
 
     t: int  # the number of the task, and of the heads in use
     data: dataset.Data  # the whole set, for validation
-    random: tuple  # new training images, and the exemplars of the old classes
+    random: tuple  # new training images, and those kept of the old classes
     new: tuple
     old: tuple
     unlabeled: tuple  # images, logits, logits_main of the teacher; None without one
 
 
-def make_task(data, t, unlabeled):
-    """The training data of task t; unlabeled: teaching.load_soft_labels(...)."""
+def make_task(data, t, unlabeled, memory=None):
+    """The training data of task t; unlabeled: teaching.load_soft_labels(...).
+
+    memory: the images kept of the old classes, {class id: uint8 [n,H,W,3]}; None: the exemplars.
+    """
     new = data.of_tasks(data.train, t, t)
-    old = data.of_tasks(data.exemplars, 1, t - 1)
+    old = data.of_tasks(data.exemplars if memory is None else memory, 1, t - 1)
     both = tuple(torch.cat(pair) for pair in zip(new, old))
     new, old = zip(*(each.split([len(new[1]), len(old[1])]) for each in both))  # no copies
     return Task(t, data, both, new, old, unlabeled)
@@ -101,23 +104,27 @@ def kd_loss(model, k, sub, batch):
     """Task k > 1: the loss of one step over its sub-batches, and its parts as in task1_loss().
 
     batch: (random, new, old, unlabeled), the first three (x [n,3,H,W], y [n]), unlabeled
-    (x, logits [n,(k-1)c], logits_main); without unlabeled (--no_teaching) nothing is distilled.
-    sub: a quarter of the batch size. It sets the weights of the balanced losses, whatever the
-    sub-batches hold. All pass together, and BatchNorm normalizes each separately, in this order;
-    the published code passes the unlabeled one twice, once for each kind of heads.
+    (x, logits [n,(k-1)c], logits_main); without unlabeled (--no_teaching) nothing is distilled, and
+    without old images (--finetune) their term is left out. sub: a quarter of the batch size. It
+    sets the weights of the balanced losses, whatever the sub-batches hold. All pass together, and
+    BatchNorm normalizes each separately, in this order; the published code passes the unlabeled
+    one twice, once for each kind of heads.
     """
     (x, y), (x_new, y_new), (x_old, y_old), *unlabeled = batch
     images = [x, x_new, x_old, *(part[0] for part in unlabeled)]
     sizes = [len(each) for each in images]
-    features = model.features(torch.cat(images), groups=tuple(zip(sizes, (1, 1, 1, 2))))
+    groups = tuple(group for group in zip(sizes, (1, 1, 1, 2)) if group[0])
+    features = model.features(torch.cat(images), groups=groups)
     of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
     parts = {
         "random": F.cross_entropy(model.logits(of_random, k, main_fc=False), y),
         "new": F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new),
-        "old": F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old),
     }
     a, b = sub // k / sub, sub * (k - 1) // k / sub
-    loss, balanced = parts["random"], a * parts["new"] + b * parts["old"]
+    loss, balanced = parts["random"], a * parts["new"]
+    if len(y_old):  # the mean over none is NaN
+        parts["old"] = F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
+        balanced = balanced + b * parts["old"]
     if unlabeled:
         ((_, stored, stored_main),) = unlabeled
         for name, main_fc, soft in (

@@ -277,7 +277,8 @@ class Run(Record):
         for kind, form in (("config", "--{} {} (now {})"), ("inputs", "{} of content {} (now {})")):
             for key in {**was[kind], **asked[kind]}:
                 old, new = was[kind].get(key), asked[kind].get(key)
-                if old != new and key not in skip:
+                later = old is None and new is False  # a switch that came after the run
+                if old != new and key not in skip and not later:
                     differing.append(form.format(key, as_typed(old), as_typed(new)))
         if differing:
             raise UserError(
