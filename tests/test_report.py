@@ -139,7 +139,7 @@ def test_labels_show_the_flags_that_differ(tmp_path, script, flags, labels):
 @pytest.mark.parametrize(
     ("script", "older", "newer"),
     [
-        ("main_CIL", {}, {}),
+        ("main_CIL", {}, {"joint": False, "finetune": False}),
         ("main_TD", {}, {"criterion": "magnitude"}),
         ("main_BU", {}, {"criterion": "magnitude"}),
         ("main_train", {"unlabel_num": 50}, {}),
@@ -386,6 +386,33 @@ def test_plot_of_accuracies(tmp_path):
 def test_main_CIL_replaces_the_dense_network_of_main_BU(tmp_path):
     runs = groups_of(bottom_up(tmp_path / "BU"), dense(tmp_path / "CIL", 0, [[90.0], [80.0, 70.0]]))
     assert "dense network of BU" not in lines_of(plots.report(runs).axes[0])
+
+
+def test_bounds_are_thin_lines_and_rows_of_their_own(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        for name, rows, flags in (
+            ("CIL", [[90.0], [80.0, 60.0]], {}),
+            ("joint", [[90.0], [90.0, 70.0 + 20 * seed]], {"joint": True}),
+            ("finetune", [[90.0], [0.0, 90.0]], {"finetune": True, "no_teaching": True}),
+        ):
+            folders.append(dense(tmp_path / f"{name}{seed}", seed, rows, **flags))
+    groups = groups_of(*folders)
+    assert [one["label"] for one in groups] == ["dense", "joint", "finetune"]
+    (axes,) = plots.report(groups).axes
+    assert [each.get_label() for each in axes.containers] == ["dense: 100.00 %, n = 2"]
+    bounds = {
+        "joint, the upper bound: n = 2": [90, 85],
+        "finetune, the lower bound: n = 2": [90, 45],
+    }
+    lines = lines_of(axes)
+    for label, accuracies in bounds.items():
+        assert list(lines[label].get_ydata()) == accuracies
+        assert lines[label].get_linewidth() == 1 and lines[label].get_marker() == "None"
+    # they are no dense network in place of that of main_BU, and may come alone
+    with_BU = lines_of(plots.report(groups_of(bottom_up(tmp_path / "BU"), *folders[1:3])).axes[0])
+    assert {"dense network of BU", "joint, the upper bound: n = 1"} <= {*with_BU}
+    assert len(plots.report(groups[1:]).axes[0].lines) == 2
 
 
 PAPER = {  # SPEC section 8

@@ -91,10 +91,10 @@ def summary(series):
 
 
 def styled(groups):
-    """[(group, color, keywords of its line)] of the groups that are not controls."""
+    """[(group, color, keywords of its line)] of the groups that are neither controls nor bounds."""
     shown, counts = [], {}
     for one in groups:
-        if one["control"] == "none":
+        if one["control"] == "none" and not one["bound"]:
             color, marker = STYLES[one["script"]]
             number = counts[one["script"]] = counts.get(one["script"], -1) + 1
             style = {"color": color, "marker": marker, "linestyle": LINES[number % 4]}
@@ -151,9 +151,10 @@ def report(groups):
     """Accuracy after each task above, density of the tickets below; like the paper's Figure 4.
 
     Tickets that main_train retrained are points without a line: each starts from other weights.
+    Bounds are lines without points.
     """
-    shown = styled(groups)
-    if not shown:
+    shown, bounds = styled(groups), [one for one in groups if one["bound"]]
+    if not shown and not bounds:
         return None
     pruned = any(one["script"] in PRUNING for one in groups)
     figure = Figure(figsize=(8, 7 if pruned else 4.5), layout="constrained")
@@ -161,7 +162,8 @@ def report(groups):
     above, *below = figure.subplots(
         len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False
     ).flat
-    if all(one["script"] != "main_CIL" for one in groups):
+    draw_bounds(above, bounds)
+    if all(one["script"] != "main_CIL" for one, *_ in shown):
         draw_dense_of_BU(above, shown)
     for number, (one, _, style) in enumerate(shown):
         style = style | {"capsize": 2, "elinewidth": 1, "lw": 1.5}
@@ -189,6 +191,16 @@ def report(groups):
     axes.set_xlabel("task")
     report_legend(figure, above, groups)
     return figure
+
+
+def draw_bounds(axes, bounds):
+    """Thin lines of the means of main_CIL --joint and --finetune, between which the others lie."""
+    kinds = {"joint": ("upper", "--"), "finetune": ("lower", ":")}
+    for one in bounds:
+        tasks, means, _ = summary(one["accuracy"])
+        kind, line = kinds[one["bound"]]
+        text = f"{one['label']}, the {kind} bound: {seed_count(one)}"
+        axes.plot(tasks, means, color="0.5", lw=1, ls=line, label=text, zorder=1)
 
 
 def draw_dense_of_BU(axes, shown):

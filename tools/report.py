@@ -41,11 +41,12 @@ METHODS = {
     "main_train": "TR-BU",
     "test": "test",
 }
+BOUNDS = ("joint", "finetune")  # flags of main_CIL whose runs bound the others
 # Flags that do not separate groups: they cannot change the expected result, or they are kept beside
 # the setting in a group.
 GROUP_IGNORED = RESUME_IGNORED | {"seed", "deterministic", "control", "state"}
 # Flags that records of 2026-11-24 lack, with the values that they stand for.
-ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude"}
+ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude", "joint": False, "finetune": False}
 # Flags that a script took at that time although they changed nothing.
 REMOVED_FLAGS = {
     "main_train": {"unlabel_num"},
@@ -217,7 +218,8 @@ def rows_by_task(run):
 def group(runs):
     """Runs grouped by setting, whatever their seed: a list of dicts with these keys.
 
-    script, control, flags, dataset, classifiers; label: a short name; seeds: {seed: {task: row}};
+    script, control, flags, dataset, classifiers; bound: the flag of BOUNDS, None for other runs;
+    label: a short name; seeds: {seed: {task: row}};
     accuracy: {task: {seed: mean accuracy of the tasks so far}}; density: the same for the ticket
     made in a task, or for the model where none is made; macs: its multiply-accumulates in percent
     of the dense network's, where they are known; ticket: equal for a ticket and its controls;
@@ -235,6 +237,7 @@ def group(runs):
         ticket = (run["setting"], folders[same].index(run["folder"]))
         new = {key: run[key] for key in ("script", "flags", "folder")}
         new |= {key: run["config"][key] for key in ("control", "classifiers", "dataset")}
+        new["bound"] = next((flag for flag in BOUNDS if run["flags"].get(flag)), None)
         new |= {"ticket": ticket, "seeds": {}, "runs": [], "class_names": run["class_names"]}
         one = groups.setdefault((*ticket, new["control"]), new)
         one["runs"].append(run)
@@ -265,8 +268,12 @@ def total_macs(row):
 
 def add_labels(groups):
     """Set each group's label, with its folder where two settings would have the same label."""
+    alike = defaultdict(list)
     for one in groups:
-        one["label"] = label(one, [other for other in groups if other["script"] == one["script"]])
+        alike[one["script"], one["bound"]].append(one)
+    for others in alike.values():
+        for one in others:
+            one["label"] = label(one, others)
     tickets = defaultdict(set)
     for one in groups:
         tickets[one["label"]].add(one["ticket"])
@@ -277,8 +284,8 @@ def add_labels(groups):
 
 
 def label(one, others):
-    """A group's name: its method, and the flags in which the groups of its script differ."""
-    flags, name = one["flags"], METHODS[one["script"]]
+    """A group's name: its method, and the flags in which the groups of its method differ."""
+    flags, name = one["flags"], one["bound"] or METHODS[one["script"]]
     if one["script"] == "test":
         name = f"test of {flags['pretrained']}"
     task_rewound = {"weight": "task{t-1}_best_model.pt", "mask": "mask-{t}.pt"}
