@@ -46,12 +46,17 @@ def kd_parts(model, k, random, new, old, unlabeled):
 
 
 def exemplars_loss(model, k, sub, batches):
-    """The loss of task k with --no_teaching: three passes, nothing is distilled."""
+    """The loss of task k with --no_teaching: three passes, nothing is distilled.
+
+    Two passes where there are no old images (--finetune).
+    """
     (x, y), (x_new, y_new), (x_old, y_old) = batches
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
     loss = cross_entropy(model(x, k, main_fc=False), y)
     balanced = a * cross_entropy(model(x_new, k, main_fc=True), y_new)
-    return loss + 0.5 * (balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old))
+    if len(x_old):
+        balanced = balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old)
+    return loss + 0.5 * balanced
 
 
 def kd_loss(model, k, sub, batches):

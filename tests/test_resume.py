@@ -472,6 +472,14 @@ def test_without_teaching_the_number_of_queried_images_may_differ(args, data, ru
         Run("test", args, data, model)
 
 
+def test_a_switch_that_came_after_a_run_was_off(args, data, run):
+    args.joint = False
+    Run("test", args, data, build_model(args))
+    args.joint = True
+    with pytest.raises(UserError, match="with --joint None .now True.; resume"):
+        Run("test", args, data, build_model(args))
+
+
 def test_other_images_are_an_error(args, data, run):
     data.train[3][0, 0, 0, 0] ^= 1
     with pytest.raises(UserError, match="--data of content"):

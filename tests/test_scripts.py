@@ -148,6 +148,33 @@ def test_CIL_tests_best_models_and_continues_from_them(tmp_path, falling_accurac
     assert tested["accuracy"] == run["states"][2]["accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "part", "old", "queried"),
+    [([], "exemplars", 16, 32), (["--joint"], "train", 48, 32), (["--finetune"], "train", 0, 0)],
+)
+def test_CIL_keeps_the_exemplars_all_old_images_or_none(
+    tmp_path, monkeypatch, flags, part, old, queried
+):
+    """Task 3: four old classes, each with 12 training images, of which 4 are exemplars."""
+    tasks, real = [], trainer.train_task
+
+    def train_task(model, task, *rest):
+        tasks.append(task)
+        return real(model, task, *rest)
+
+    monkeypatch.setattr(trainer, "train_task", train_task)
+    run = run_CIL(tmp_path, *flags)
+    data, task = tasks[2].data, tasks[2]
+    for found, wanted in zip(task.old, data.of_tasks(getattr(data, part), 1, 2)):
+        assert torch.equal(found, wanted[:old])
+    for found, *wanted in zip(task.random, task.new, task.old):
+        assert len(wanted[0]) == 24 and torch.equal(found, torch.cat(wanted))
+    # of both kinds of runs with teaching, the exemplars query, two pool images each
+    assert queried == (len(task.unlabeled[0]) if task.unlabeled else 0)
+    assert (tmp_path / "data").exists() == bool(queried)
+    assert [len(row["accuracy"]) for row in run["states"]] == [1, 2, 3]
+
+
 # ------------------------------------------------------------------------------ main_TD
 
 

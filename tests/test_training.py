@@ -132,10 +132,14 @@ KD_SIZES = [(6, 3, 3, 6), (2, 3, 1, 6), (6, 1, 3, 2), (1, 3, 3, 6)]
         ("kd_loss", 2, 6, KD_SIZES[:2], "resnet32"),
         ("exemplars_loss", 2, 6, [(6, 3, 3, 1), (2, 3, 1, 1)], "resnet18"),
         ("exemplars_loss", 3, 7, [(7, 2, 4, 1)] * 3, "resnet18"),
+        ("exemplars_loss", 3, 7, [(7, 2, 0, 1), (3, 2, 0, 1)], "resnet18"),
     ],
 )
 def test_steps_equal_those_of_separate_passes(args, device, kind, k, sub, sizes, arch, masked):
-    """Task 1: two passes; with teaching five, the published ones; with --no_teaching three."""
+    """Task 1: two passes; with teaching five, the published ones; with --no_teaching three.
+
+    With --finetune, which has no old images: two.
+    """
     ours, plain = make_pair(arch=arch, device=device)
     # made before the masks, as in main_TD: the parameters must stay the same objects
     optimizer = trainer.make_optimizer(ours, args, LR)
