@@ -273,8 +273,8 @@ def test_multiply_accumulates_where_a_record_tells_enough(tmp_path, no_plots, ro
     report.main([str(run), "--out", str(tmp_path / "out")])
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         (found,) = csv.DictReader(file)
-    assert found["density mean"] == "50.0000" and found["MACs sd"] == ""
-    assert (found["MACs mean"] != "") == known
+    assert found["density mean"] == "50.0000"
+    assert ("MACs mean" in found) == known  # a column that no run has is left out
     if known:
         assert float(found["MACs mean"]) == pytest.approx(50, abs=0.01)
 
