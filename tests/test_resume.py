@@ -126,7 +126,7 @@ def test_a_finished_run_is_left_as_it_is(scripts, finished):
     assert journal["finished"] is True and journal["command"] == TD[1:]
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
     ended = scripts.run(TD, finished)
-    assert ended.status == 0 and "resumes after result_test" in ended.out
+    assert ended.status == 0 and "resumes after result_evaluated_on_test" in ended.out
     assert soak.outcome(finished) == before
     assert files == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
 
@@ -458,7 +458,7 @@ def test_flags_that_change_no_result_may_differ(scripts, finished):
     (finished / "run").rename(moved)
     flags = "--save_dir moved --print_freq 3 --gpu 1 --device cpu --checkpoint_seconds 7"
     ended = scripts.run([*TD, *flags.split()], finished)
-    assert ended.status == 0 and "resumes after result_test" in ended.out
+    assert ended.status == 0 and "resumes after result_evaluated_on_test" in ended.out
 
 
 def test_without_teaching_the_number_of_queried_images_may_differ(args, data, run):
