@@ -402,8 +402,8 @@ def test_bounds_are_thin_lines_and_rows_of_their_own(tmp_path):
     (axes,) = plots.report(groups).axes
     assert [each.get_label() for each in axes.containers] == ["dense: 100.00 %, n = 2"]
     bounds = {
-        "joint, the upper bound: n = 2": [90, 85],
-        "finetune, the lower bound: n = 2": [90, 45],
+        "joint: upper bound, n = 2": [90, 85],
+        "finetune: lower bound, n = 2": [90, 45],
     }
     lines = lines_of(axes)
     for label, accuracies in bounds.items():
@@ -411,7 +411,7 @@ def test_bounds_are_thin_lines_and_rows_of_their_own(tmp_path):
         assert lines[label].get_linewidth() == 1 and lines[label].get_marker() == "None"
     # they are no dense network in place of that of main_BU, and may come alone
     with_BU = lines_of(plots.report(groups_of(bottom_up(tmp_path / "BU"), *folders[1:3])).axes[0])
-    assert {"dense network of BU", "joint, the upper bound: n = 1"} <= {*with_BU}
+    assert {"dense network of BU", "joint: upper bound, n = 1"} <= {*with_BU}
     assert len(plots.report(groups[1:]).axes[0].lines) == 2
 
 

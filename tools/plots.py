@@ -199,7 +199,7 @@ def draw_bounds(axes, bounds):
     for one in bounds:
         tasks, means, _ = summary(one["accuracy"])
         kind, line = kinds[one["bound"]]
-        text = f"{one['label']}, the {kind} bound: {seed_count(one)}"
+        text = f"{one['label']}: {kind} bound, {seed_count(one)}"
         axes.plot(tasks, means, color="0.5", lw=1, ls=line, label=text, zorder=1)
 
 
@@ -240,7 +240,7 @@ def report_legend(figure, axes, groups):
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: isinstance(handles[i], Line2D))
     ordered = [[each[i] for i in order] for each in (handles, labels)]
-    columns = 2 if max(len(one["label"]) for one in groups) > 12 else 3
+    columns = 2 if any(one["bound"] or len(one["label"]) > 12 for one in groups) else 3
     options = {"loc": "outside lower center", "title_fontsize": 8}
     figure.legend(*ordered, ncols=columns, title=text, **options)
 
