@@ -1,12 +1,13 @@
 """The dense baseline: all tasks with lottery teaching, no pruning (docs/METHOD.md section 6).
 
-    python main_CIL.py                                  the published protocol on CIFAR-10
+    python main_CIL.py                                      the published protocol on CIFAR-10
     python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3
-    python main_CIL.py --joint --save_dir joint         upper bound: all images of old tasks
-    python main_CIL.py --finetune --save_dir finetune   lower bound: no images of old tasks
+    python main_CIL.py --joint --save_dir joint_cil        upper bound: all images of old tasks
+    python main_CIL.py --finetune --save_dir finetune_cil  lower bound: no images of old tasks
 
 Each task starts from the best model of the one before; all tests are of best models. The bounds
-keep the heads and the loss, except that no exemplars means no term of old images and no teaching.
+keep the heads and the loss, but have no lottery teaching: with all old images nothing needs it, and
+without exemplars nothing queries the pool.
 """
 
 import dataset
@@ -28,13 +29,13 @@ def make_parser():
         "--joint",
         action="store_true",
         help="the upper bound: train with all training images of the old tasks in place of "
-        "exemplars, which then only query the pool",
+        "exemplars, without lottery teaching",
     )
     flag(
         "--finetune",
         action="store_true",
-        help="the lower bound: train with the new images alone, without exemplars and so without "
-        "lottery teaching",
+        help="the lower bound: train with the new images alone, without exemplars or lottery "
+        "teaching",
     )
     return parser
 
@@ -43,7 +44,7 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     check_bounds(args)
-    args.no_teaching |= args.finetune  # nothing queries the pool
+    args.no_teaching |= args.joint or args.finetune
     cli.finalize_args(args, "{}_cil")
     return args
 
@@ -54,11 +55,10 @@ def check_bounds(args):
     if args.joint and args.finetune:
         raise UserError("--joint --finetune: are two runs, the upper and the lower bound; give one")
     if bound and args.no_teaching:
-        reason = {
-            "joint": "the upper bound has the loss of the baseline, lottery teaching included",
-            "finetune": "without exemplars there is no lottery teaching anyway",
-        }
-        raise UserError(f"--{bound} --no_teaching: {reason[bound]}; leave --no_teaching out")
+        raise UserError(
+            f"--{bound} --no_teaching: the bounds have no lottery teaching anyway; leave "
+            f"--no_teaching out"
+        )
     if bound and args.classifiers == 1:
         raise UserError(f"--{bound} --classifiers 1: there are no old tasks; leave --{bound} out")
 

@@ -307,7 +307,7 @@ CASES = [
     ("digits-with-per-class", "dataset.py", "--dataset digits --per_class 20", "out --per_class"),
     ("digits-prepared-in-a-folder", "dataset.py", "--dataset digits --data new", "--data new"),
     ("joint-and-finetune", "main_CIL.py", "--joint --finetune", "--joint --finetune: "),
-    ("joint-no-teaching", "main_CIL.py", "--joint --no_teaching", "--joint --no_teaching: "),
+    ("joint-no-teaching", "main_CIL.py", "--joint --no_teaching", "leave --no_teaching out"),
     ("finetune-no-teaching", "main_CIL.py", "--finetune --no_teaching", "leave --no_teaching out"),
     ("joint-one-task", "main_CIL.py", "--joint --classifiers 1", "--joint --classifiers 1: "),
     ("finetune-one-task", "main_CIL.py", "--finetune --classifiers 1", "leave --finetune out"),

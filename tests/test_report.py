@@ -393,7 +393,7 @@ def test_bounds_are_thin_lines_and_rows_of_their_own(tmp_path):
     for seed in (0, 1):
         for name, rows, flags in (
             ("CIL", [[90.0], [80.0, 60.0]], {}),
-            ("joint", [[90.0], [90.0, 70.0 + 20 * seed]], {"joint": True}),
+            ("joint", [[90.0], [90.0, 70.0 + 20 * seed]], {"joint": True, "no_teaching": True}),
             ("finetune", [[90.0], [0.0, 90.0]], {"finetune": True, "no_teaching": True}),
         ):
             folders.append(dense(tmp_path / f"{name}{seed}", seed, rows, **flags))

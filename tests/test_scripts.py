@@ -150,7 +150,7 @@ def test_CIL_tests_best_models_and_continues_from_them(tmp_path, falling_accurac
 
 @pytest.mark.parametrize(
     ("flags", "part", "old", "queried"),
-    [([], "exemplars", 16, 32), (["--joint"], "train", 48, 32), (["--finetune"], "train", 0, 0)],
+    [([], "exemplars", 16, 32), (["--joint"], "train", 48, 0), (["--finetune"], "train", 0, 0)],
 )
 def test_CIL_keeps_the_exemplars_all_old_images_or_none(
     tmp_path, monkeypatch, flags, part, old, queried
@@ -169,7 +169,6 @@ def test_CIL_keeps_the_exemplars_all_old_images_or_none(
         assert torch.equal(found, wanted[:old])
     for found, *wanted in zip(task.random, task.new, task.old):
         assert len(wanted[0]) == 24 and torch.equal(found, torch.cat(wanted))
-    # of both kinds of runs with teaching, the exemplars query, two pool images each
     assert queried == (len(task.unlabeled[0]) if task.unlabeled else 0)
     assert (tmp_path / "data").exists() == bool(queried)
     assert [len(row["accuracy"]) for row in run["states"]] == [1, 2, 3]
