@@ -3,7 +3,7 @@
 # make reproduce    the runs behind docs/evidence.md: CIFAR-10, three seeds, about two hours on two
 #                   cores (FULL=1: the published protocol, for a GPU; FLAGS=...: more flags)
 # make gpu          on a CUDA device, in half an hour (MINUTES=30): tests, benchmark, profile, and as
-#                   much of the published protocol as the time allows; again: goes on with it
+#                   much of the published protocol as the time allows; again: resumes it
 # make soak         kill runs at random moments, 120 times, and compare with undisturbed ones
 # make clean        remove demo/ and .venv/
 PYTHON ?= python3
@@ -38,7 +38,7 @@ gpu: $(VENV)/installed-dev
 	$(RUN) -m tools.gpu --minutes $(MINUTES) $(FLAGS)
 
 test: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadscope --no-loadscope-reorder
 
 soak: $(VENV)/installed-dev
 	$(RUN) tests/soak.py --kills 120

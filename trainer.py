@@ -415,7 +415,8 @@ def run_epochs(model, task, run, plan, optimizer=None):
             files = filter(None, (checkpoint, plan.best_model))
             run.finish(plan.step, *files, **progress.outcome())
     best_state = run.load(plan.best_model)["state_dict"] if plan.best_model else None
-    outcome = {key: run.result(plan.step)[key] for key in Progress().outcome()}
+    result = run.result(plan.step)  # that of an older run may hold more
+    outcome = {key: result[key] for key in Trained._fields if key != "best_state"}
     return Trained(**outcome, best_state=best_state)
 
 

@@ -424,9 +424,14 @@ def earlier_rows(path, results):
     try:
         found = json.loads(Path(path).read_text())
         same = all(found[key] == value for key, value in results.items())
-        return {row["name"]: row for row in found["rows"]} if same else {}
-    except (OSError, ValueError, LookupError, TypeError):  # no such file, or another's
+        rows = {row["name"]: row for row in found["rows"]}
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"--out {path}: is no results of this benchmark; name another") from None
+    if not same:
+        raise UserError(f"--out {path}: is of another device, PyTorch or width; name another file")
+    return rows
 
 
 def save_rows(path, results, rows):

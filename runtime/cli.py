@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 from pathlib import Path
 
 from runtime.errors import UserError, first_line
@@ -108,6 +109,16 @@ def nonempty(text):
     """An argparse type: a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("found nothing, give a value")
+    return text
+
+
+def flag_text(text):
+    """An argparse type: flags of another command, as they are typed in a shell."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        reason = f"found {quoted(text)} ({first_line(error)}), close the quotation"
+        raise argparse.ArgumentTypeError(reason) from None
     return text
 
 
@@ -243,8 +254,8 @@ def add_file_flags(parser, save_dir):
     flag(
         "--tensorboard",
         action="store_true",
-        help="also write the curves of metrics.csv for TensorBoard, to <save_dir>/tensorboard; it "
-        "must be installed",
+        help="also write the curves of metrics.csv as TensorBoard events, to "
+        "<save_dir>/tensorboard (needs the package tensorboard)",
     )
     flag(
         "--overwrite",

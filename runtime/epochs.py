@@ -8,7 +8,7 @@ import csv
 import io
 import math
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import save_text
 
 PARTS = "random", "new", "old", "distillation", "distillation_main"  # of the loss, not weighted
@@ -30,7 +30,7 @@ def read_epochs(path):
         return [parse_row(line) for line in lines]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, LookupError, TypeError, csv.Error):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, csv.Error):
         raise UserError(
             f"{path}: is damaged; remove it (the curves so far are lost, nothing else) or put an "
             f"intact copy back"
@@ -70,9 +70,11 @@ def replace_epochs(rows, row):
 
 
 def remove_events(folder):
-    """Remove TensorBoard's files from a folder."""
+    """Remove TensorBoard's files from a folder, and the folder if it is then empty."""
     for path in folder.glob("events.out.tfevents.*"):
         path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def open_tensorboard(folder, rows):
@@ -91,7 +93,9 @@ def open_tensorboard(folder, rows):
         remove_events(folder)
         writer = SummaryWriter(folder)
     except OSError as error:
-        raise UserError(f"--tensorboard: {folder} cannot be written ({error})") from None
+        raise UserError(
+            f"--tensorboard: {folder} cannot be written ({first_line(error)}); name another folder"
+        ) from None
     for row in rows:
         write_tensorboard(writer, row)
     return writer

@@ -188,12 +188,14 @@ class Run(Record):
             self.check_settings(settings)
             self.journal.pop("finished", None)  # until close(), which may find a file damaged
             self.start -= self.journal["seconds"]
+            self.epochs = read_epochs(self.path(f"{self.prefix}metrics.csv"))
         else:
+            self.epochs = []
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
         self.results["states"] = self.journal["rows"]
-        self.epochs = read_epochs(self.path(f"{self.prefix}metrics.csv"))
         self.tensorboard = None
         if args.tensorboard:
+            self.journal["tensorboard"] = True
             self.tensorboard = open_tensorboard(self.tensorboard_folder(), self.epochs)
         done = [*self.journal["steps"]]
         if not done:
@@ -277,8 +279,9 @@ class Run(Record):
         for kind, form in (("config", "--{} {} (now {})"), ("inputs", "{} of content {} (now {})")):
             for key in {**was[kind], **asked[kind]}:
                 old, new = was[kind].get(key), asked[kind].get(key)
-                later = old is None and new is False  # a switch that came after the run
-                if old != new and key not in skip and not later:
+                if old is None and isinstance(new, bool):
+                    old = False  # a switch that came after the run
+                if old != new and key not in skip:
                     differing.append(form.format(key, as_typed(old), as_typed(new)))
         if differing:
             raise UserError(
@@ -303,7 +306,8 @@ class Run(Record):
         for name in journal["wrote"]:
             if same or "/" not in name:  # another --save_data_path holds files of others
                 self.remove(name)
-        remove_events(self.tensorboard_folder())
+        if journal.get("tensorboard"):
+            remove_events(self.tensorboard_folder())
         for name in ("metrics.csv", "log_results.txt", "results.json"):
             self.remove(self.prefix + name)
         self.remove(f"{self.prefix}run.json")  # the last, since it lists the files
@@ -416,7 +420,7 @@ class Run(Record):
         try:
             content = load_checkpoint(path)
             if content.pop("settings", None) != self.checksum or content.keys() != keys:
-                raise UserError(f"{path}: is of another run")
+                raise UserError(f"{path}: is of another run or version")
         except UserError as error:
             print(f"{error}; {step} starts over", flush=True)
             return None
@@ -430,6 +434,7 @@ class Run(Record):
         repeated, self.epochs = len(rows) <= len(self.epochs), rows
         save_epochs(self.path(f"{self.prefix}metrics.csv"), rows)
         if self.tensorboard and repeated:
+            self.tensorboard.close()
             self.tensorboard = open_tensorboard(self.tensorboard_folder(), rows)
         elif self.tensorboard:
             write_tensorboard(self.tensorboard, rows[-1])

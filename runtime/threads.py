@@ -71,7 +71,7 @@ def hold_threads(torch, until):
 
 
 def yield_cores():
-    """Watch, until the process ends, whether it has to wait for a core, and let go of them if so.
+    """While this process competes for cores, let OpenMP's threads sleep instead of spin: forever.
 
     GNU's OpenMP hardly spins while it has more threads than cores (its manual, GOMP_SPINCOUNT). It
     counts all threads of a process, so some that do nothing make the others sleep, not spin. The
@@ -79,7 +79,7 @@ def yield_cores():
     """
     import torch
 
-    crowd, before = None, waited()
+    crowd, before = None, waited()  # crowd: the event that ends the idle threads
     while torch.get_num_threads() > 1:  # one waits for none
         time.sleep(CHECK_SECONDS)
         now = waited()

@@ -21,6 +21,14 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", metavar="NAME", help=message)
 
 
+SLOWEST = ("test_resume", "test_scripts", "test_gpu", "test_benchmarks")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first: of several workers, none is then left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
+
+
 @pytest.fixture
 def device(request):
     """The torch.device of --device in tests marked for it, in all others the CPU."""

@@ -46,6 +46,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
         lambda text: text[:-9],
         lambda text: text.replace("task1,1", "task1,0"),
         lambda text: text.replace("task1,1", ",1"),
+        lambda text: text.replace("task1,1", "task1,1" + "0" * 400),
         lambda text: text.replace("0.1", "nan"),
         lambda text: text.replace("0.1", "much"),
         lambda text: text + "\0",

@@ -122,7 +122,7 @@ def test_without_data_there_are_no_runs(tmp_path, call):
     assert call({"data": FAILS, "TD": ENDS}) == ["data"]
 
 
-def test_the_protocol_is_in_order_of_worth():
+def test_the_protocol_is_in_order_of_priority():
     names = [part.name for part in gpu.plan(gpu.parse(["--device", "cpu", "--seeds", "1,0"]))]
     assert names[:7] == [
         *("tests", "benchmark", "profile", "data"),

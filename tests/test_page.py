@@ -151,6 +151,7 @@ def test_a_command_repeats_the_run_of_before(run):
     ("script", "flags"),
     [
         ("main_CIL", []),
+        ("main_CIL", ["--joint"]),
         ("main_TD", ["--save_dir", "my 'runs'; x/$HOME", "--prune_scheduler", "2,2,2,2,2"]),
         ("main_BU", ["--deacc=-1.5", "--no_teaching", "--unlabeled", "a b.npy", "c.npy"]),
         ("main_train", ["--weight", "w.pt", "--mask", "m.pt", "--state", "3", "--width", "8"]),

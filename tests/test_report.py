@@ -629,6 +629,7 @@ DAMAGES = {
     "sparsity above 100": lambda run: run["config"].update(base_sparsity=100.5),
     "architecture a number": lambda run: run["config"].update(arch=18),
     "task-aware accuracy above 100": lambda run: run["states"][0].update(task_aware=[101.0]),
+    "no confusion": lambda run: run["states"][0].update(confusion=[]),
     "confusion not square": lambda run: run["states"][0].update(confusion=[[1, 2]]),
     "confusion of shares": lambda run: run["states"][0].update(confusion=[[0.5, 0], [0, 1]]),
     "confusion of too many classes": lambda run: run["states"][0].update(

@@ -178,7 +178,12 @@ def test_a_data_set_that_cannot_be_prepared(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--seeds", ""], "--seeds"), (["--out", "file"], "--out file"), (["--jobs", "0"], "--jobs")],
+    [
+        (["--seeds", ""], "--seeds"),
+        (["--out", "file"], "--out file"),
+        (["--jobs", "0"], "--jobs"),
+        (["--flags", "'"], "--flags: found .* close the quotation"),
+    ],
 )
 def test_bad_input_gives_one_line(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)

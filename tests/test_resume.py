@@ -476,7 +476,7 @@ def test_a_switch_that_came_after_a_run_was_off(args, data, run):
     args.joint = False
     Run("test", args, data, build_model(args))
     args.joint = True
-    with pytest.raises(UserError, match="with --joint None .now True.; resume"):
+    with pytest.raises(UserError, match="with --joint False .now True.; resume"):
         Run("test", args, data, build_model(args))
 
 
@@ -502,7 +502,7 @@ def test_progress_of_another_run_is_not_used(scripts, reference, tmp_path):
     scripts.wait()
     (tmp_path / "run" / "run.json").write_text("{")
     ended = scripts.run([*TD, "--overwrite"], tmp_path)
-    assert "task1_progress.pt: is of another run; task1 starts over" in ended.out
+    assert "task1_progress.pt: is of another run or version; task1 starts over" in ended.out
     assert_same_but_for("overwrite", tmp_path, reference[0] / "TD")
 
 

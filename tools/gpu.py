@@ -1,4 +1,4 @@
-"""All that a limited time on a GPU allows, in order of worth; the same command goes on with it.
+"""As much as a limited time on a GPU allows, the most useful first; the same command resumes.
 
     python -m tools.gpu --minutes 30       on CUDA; all that it writes is in the folder gpu
     python -m tools.gpu --rehearsal        the same parts on a CPU: digits, tiny networks
@@ -59,7 +59,7 @@ REHEARSAL = {
     "flags": "--dataset digits --width 2 --epochs 1 --batch_size 64",
 }
 # the runs of a seed (folders of tools/reproduce.py), each followed by its retrained tickets
-WORTH = ["TD", "CIL", "BU", "BU_on_test", "CIL_no_teaching"]
+PRIORITY = ["TD", "CIL", "BU", "BU_on_test", "CIL_no_teaching"]
 
 
 class Part(NamedTuple):
@@ -80,7 +80,7 @@ def parse(argv):
     reproduce.add_protocol_flags(flag, "gpu")
     for name in ("tests", "benchmark", "profile"):
         message = f"flags of the {name} (default '{DEFAULTS[name]}')"
-        flag(f"--{name}", metavar="FLAGS", help=message)
+        flag(f"--{name}", type=cli.flag_text, metavar="FLAGS", help=message)
     args = parser.parse_args(argv)
     for name in ("data", "raw", "unlabeled"):
         if args.rehearsal and getattr(args, name):
@@ -125,7 +125,7 @@ def plan(args):
 
     def place(job):  # a chain stays in order, since sorting is stable
         seed, folder = job.journal.parent.parts[-2:]
-        return args.seeds.index(int(seed.removeprefix("seed"))), WORTH.index(folder)
+        return args.seeds.index(int(seed.removeprefix("seed"))), PRIORITY.index(folder)
 
     parts += [Part(j.name, reproduce.python(j.command), job=j) for j in sorted(jobs, key=place)]
     return parts
@@ -213,7 +213,7 @@ def read_record(args, machine):
         return {"machine": machine, "parts": {}}
     try:
         record = json.loads(path.read_text())
-        found, _ = record["machine"], dict(record["parts"])
+        found, _ = dict(record["machine"]), dict(record["parts"])
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{path}: is damaged; remove it, or name another folder") from None
     if found != machine:
@@ -287,7 +287,7 @@ def main(argv=None):
         record["parts"]["report"] = run_part(report, args, max(left - 1, 0), 1)
     save_record(args, record, parts)
     done = count_done(parts, record)
-    resume = "" if done == len(parts) else "; the same command goes on"
+    resume = "" if done == len(parts) else "; the same command resumes"
     print(f"{args.out / 'gpu.md'}: {done} of {len(parts)} parts are done{resume}", flush=True)
 
 

@@ -293,6 +293,8 @@ def defaults(run):
         found["width"] = network.default_width
     if isinstance(config.get("save_dir"), str):
         found["save_data_path"] = str(Path(config["save_dir"]) / "data")
+    if config.get("joint") or config.get("finetune"):  # they imply it
+        found["no_teaching"] = True
     return found | {"state": config["classifiers"]}
 
 

@@ -374,16 +374,15 @@ def epochs_of_tasks(one):
     """
     if one["script"] not in ("main_CIL", *PRUNING):
         return None
-    places, starts = {}, []
-    for run in one["runs"]:
-        rows = [row for row in run["epochs"] if re.fullmatch(r"task\d+", row["step"])]
-        for place, row in enumerate(rows, 1):
-            columns = places.setdefault(place, {})
+    found = {}  # of each task and epoch, since a seed may lack some
+    for row in (row for run in one["runs"] for row in run["epochs"]):
+        if task := re.fullmatch(r"task(\d+)", row["step"]):
+            columns = found.setdefault((int(task[1]), row["epoch"]), {})
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
-            if row["epoch"] == 1:
-                starts.append(place)
-    return (places, sorted({*starts})) if places else None
+    places = dict(enumerate((found[key] for key in sorted(found)), 1))
+    starts = [place for place, key in enumerate(sorted(found), 1) if key[1] == 1]
+    return (places, starts) if places else None
 
 
 def draw_curves(axes, found, columns):

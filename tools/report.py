@@ -45,7 +45,7 @@ BOUNDS = ("joint", "finetune")  # flags of main_CIL whose runs bound the others
 # Flags that do not separate groups: they cannot change the expected result, or they are kept beside
 # the setting in a group.
 GROUP_IGNORED = RESUME_IGNORED | {"seed", "deterministic", "control", "state"}
-# Flags that records of 2026-11-24 lack, with the values that they stand for.
+# Flags that older records lack, with the values that they stand for.
 ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude", "joint": False, "finetune": False}
 # Flags that a script took at that time although they changed nothing.
 REMOVED_FLAGS = {
@@ -147,7 +147,8 @@ def check_confusion(matrix, most):
     """Raise an error unless it is a square matrix of counts, of at most `most` classes."""
     counts = [n for row in matrix for n in row]
     square = all(len(row) == len(matrix) for row in matrix)
-    if not square or len(matrix) > most or not all(type(n) is int and 0 <= n < 1e9 for n in counts):
+    numbers = all(type(n) is int and 0 <= n < 1e9 for n in counts)
+    if not (counts and square and numbers and len(matrix) <= most):
         raise ValueError
 
 
@@ -164,7 +165,9 @@ def macs_of(run, row):
     if not size or config["arch"] not in BACKBONES or "classes_per_classifier" not in config:
         return None
     try:
-        return layer_macs(Namespace(**config), tuple(size), densities)
+        names = "arch", "classes_per_classifier", "classifiers", "width"
+        shape = Namespace(**{name: config[name] for name in names})
+        return layer_macs(shape, tuple(size), densities)
     except ValueError:  # of a network with other layers than the one of this name here
         return None
 
@@ -321,17 +324,13 @@ def measures(one, tasks_shown):
     ):
         values = [function(matrix) for matrix in matrices]
         found.append((name, [value for value in values if value is not None], 1))
-    aware = [mean(rows[max(tasks)]["task_aware"]) for rows in finished if recorded(rows, tasks)]
+    last = [rows[max(tasks)] for rows in finished]
+    aware = [mean(row["task_aware"]) for row in last if "task_aware" in row]
     found.append(("task-aware", aware, 1))
     for name, key, decimals in (("density", "density", 2), ("MACs", "macs", 1)):
         last = [*one[key].values()][-1:]
         found.append((name, [*last[0].values()] if last else [], decimals))
     return found
-
-
-def recorded(rows, tasks):
-    """Whether the row after the last task has the task-aware accuracy (older records lack it)."""
-    return "task_aware" in rows[max(tasks)]
 
 
 def run_table(groups):

@@ -76,7 +76,8 @@ def add_protocol_flags(flag, out):
     )
     flag("--raw", type=cli.path, metavar="PATH", help="official files, as in dataset.py")
     flag("--unlabeled", nargs="+", type=cli.path, metavar="PATH", help="pool, as in dataset.py")
-    flag("--flags", metavar="FLAGS", help="more flags of every run, such as '--precision bf16'")
+    message = "more flags of every run, such as '--precision bf16'"
+    flag("--flags", type=cli.flag_text, metavar="FLAGS", help=message)
 
 
 def fill_in(args, out):
@@ -240,6 +241,9 @@ def copy_records(args):
             copy = args.out / "results" / path.relative_to(args.out)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+            curves = path.with_name(path.name.replace("results.json", "metrics.csv"))
+            if curves.exists():
+                shutil.copyfile(curves, copy.with_name(curves.name))
             folders.add(str(copy.parent))
     return [*sorted(folders), "--out", str(args.out / "results")]
 
