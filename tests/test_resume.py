@@ -276,7 +276,6 @@ def test_a_second_signal_of_a_kind_ends_the_process_at_once(tmp_path, code):
         (300, "run.json"),
         (3_000, "task0_checkpoint_weight.pt"),
         (230_000, "task1_checkpoint.pt"),
-        (450_000, "task2_checkpoint.pt"),
     ],
 )
 def test_a_full_disk_ends_the_run_and_with_room_it_resumes(
@@ -336,7 +335,7 @@ def another_checkpoint(content):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [flip, lambda c: c[:-50], another_checkpoint])
+@pytest.mark.parametrize("damage", [flip, another_checkpoint])
 def test_damaged_progress_is_named_and_the_step_starts_over(scripts, reference, tmp_path, damage):
     pid = scripts.start([*TD, "--checkpoint_seconds", "0"], tmp_path)
     wait_until(lambda: in_task(tmp_path, 2))
