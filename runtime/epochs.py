@@ -26,8 +26,11 @@ def read_epochs(path):
     """
     try:
         with open(path, newline="") as file:
-            lines = list(csv.DictReader(file, strict=True))
-        return [parse_row(line) for line in lines]
+            reader = csv.DictReader(file, strict=True)
+            rows = [parse_row(line) for line in reader]
+        if tuple(reader.fieldnames or ()) != NAMES:
+            raise ValueError
+        return rows
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError, OverflowError, csv.Error):

@@ -42,6 +42,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda text: "",
+        lambda text: "junk",
         lambda text: "x" + text,
         lambda text: text[:-9],
         lambda text: text.replace("task1,1", "task1,0"),

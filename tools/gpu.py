@@ -100,7 +100,7 @@ def find_machine(args):
     try:
         device = utils.pick_device(args)
     except UserError as error:
-        raise UserError(f"{error}, or --rehearsal") from None
+        raise UserError(f"{error}; to rehearse on the CPU, give --rehearsal") from None
     return {
         "device": device_name(device),
         "torch": torch.__version__,

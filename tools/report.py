@@ -419,7 +419,8 @@ ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the task
 backward transfer, task-aware the accuracy after the last task by the heads of each image's task.
 Density is the percentage of weights that remain in the last ticket, and MACs that of the
 multiply-accumulates per image (computed, not measured). Mean ± standard deviation (n - 1) over
-seeds. BU's accuracy after a task is that of its ticket before the task's re-growth."""
+seeds. TD's accuracy after the last task is that of its result; BU's accuracy after a task is that
+of its ticket before the task's re-growth."""
 ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. The last
 column is the difference from the ticket of the same seed, in percentage points."""
 
