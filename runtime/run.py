@@ -41,6 +41,7 @@ RESUME_IGNORED = {
     "data", "raw", "source", "image_size", "unlabeled", "class_order", "weight", "mask",
     "tensorboard",
 }  # fmt: skip
+BOUNDS = "joint", "finetune"  # switches of main_CIL, whose runs bound the others
 LOCKS = {}  # {path: lock} that this process holds
 
 # ------------------------------------------------------------------------------ records
@@ -275,6 +276,8 @@ class Run(Record):
         ):
             if was[kind].get(key) != asked[kind][key]:
                 skip.add("--data")  # its images differ for that reason alone
+        if any(was["config"].get(key, False) != asked["config"].get(key, False) for key in BOUNDS):
+            skip.add("no_teaching")  # which they imply
         differing = []
         for kind, form in (("config", "--{} {} (now {})"), ("inputs", "{} of content {} (now {})")):
             for key in {**was[kind], **asked[kind]}:

@@ -31,7 +31,7 @@ from runtime.epochs import read_epochs
 from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import run_script
-from runtime.run import RESUME_IGNORED
+from runtime.run import BOUNDS, RESUME_IGNORED
 from tools import page, plots
 
 METHODS = {
@@ -41,7 +41,6 @@ METHODS = {
     "main_train": "TR-BU",
     "test": "test",
 }
-BOUNDS = ("joint", "finetune")  # flags of main_CIL whose runs bound the others
 # Flags that do not separate groups: they cannot change the expected result, or they are kept beside
 # the setting in a group.
 GROUP_IGNORED = RESUME_IGNORED | {"seed", "deterministic", "control", "state"}
