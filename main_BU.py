@@ -13,13 +13,11 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-import utils
 from models import BACKBONES
 from runtime import cli
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.process import run_script
-from runtime.run import Run
 
 
 def make_parser():
@@ -210,11 +208,7 @@ def next_task(model, t, run, start, current):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args)
-    data = dataset.load(args, device)
-    model = trainer.make_model(args, device)
-    run = Run("main_BU", args, data, model)
-    trainer.save_initialization(model, run)
+    model, run = trainer.start_run("main_BU", args)
     dense, masks = first_task(model, run)
     for t in range(2, args.classifiers + 1):
         dense, masks = next_task(model, t, run, dense, masks)

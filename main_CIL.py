@@ -14,12 +14,10 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-import utils
 from models import BACKBONES
 from runtime import cli
 from runtime.errors import UserError
 from runtime.process import run_script
-from runtime.run import Run
 
 
 def make_parser():
@@ -72,11 +70,8 @@ def memory(data, args):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args)
-    data = dataset.load(args, device)
-    model = trainer.make_model(args, device)
-    run = Run("main_CIL", args, data, model)
-    trainer.save_initialization(model, run)
+    model, run = trainer.start_run("main_CIL", args)
+    data = run.data
     for t in range(1, args.classifiers + 1):
         task = teaching.build_task(data, args, t, memory(data, args))
         trained = trainer.train_task(model, task, run, f"task{t}")

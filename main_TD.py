@@ -13,13 +13,11 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-import utils
 from models import BACKBONES
 from runtime import cli
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.process import run_script
-from runtime.run import Run
 
 
 def make_parser():
@@ -115,13 +113,9 @@ def make_ticket(model, task, run, last, best):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args)
-    data = dataset.load(args, device)
-    model = trainer.make_model(args, device)
-    run = Run("main_TD", args, data, model)
-    tasks = args.classifiers
+    model, run = trainer.start_run("main_TD", args)
+    data, tasks = run.data, args.classifiers
 
-    trainer.save_initialization(model, run)
     task = teaching.build_task(data, args, 1)
     trained = trainer.train_task(model, task, run, "task1")
     for t in range(1, tasks + 1):

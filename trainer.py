@@ -24,6 +24,7 @@ from models import build_model
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.process import Interrupted, check_signals, hold_signals
+from runtime.run import Run
 
 TEMPERATURE = 2  # of the distillation (Hinton et al. 2015)
 BALANCED_WEIGHT = 0.5  # of the balanced heads' losses in tasks 2, 3, ...
@@ -60,6 +61,19 @@ def make_model(args, device, *purpose):
         torch.default_generator.manual_seed(utils.derive_seed(args.seed, *purpose))
         model = build_model(args)
     return model.to(device)
+
+
+def start_run(script, args):
+    """The fresh network and the Run of a script that trains from the start: (model, run).
+
+    The data set, run.data, is loaded first. The initialization is saved, once in the run's life.
+    """
+    device = utils.pick_device(args)
+    data = dataset.load(args, device)
+    model = make_model(args, device)
+    run = Run(script, args, data, model)
+    save_initialization(model, run)
+    return model, run
 
 
 def save_initialization(model, run):
@@ -223,15 +237,17 @@ def evaluate(model, part, t, data, batch_size):
         logits = model.logits(features, t, main_fc=True)
     classes, tasks = t * c, labels // c
     confusion = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
-    of_own = logits.view(-1, t, c)[torch.arange(len(labels), device=labels.device), tasks]
-
-    def percentages(correct):
-        return [100.0 * int(correct[tasks == i].sum()) / int((tasks == i).sum()) for i in range(t)]
-
+    confusion = confusion.view(classes, classes).tolist()
+    own_heads = logits.view(-1, t, c)[torch.arange(len(labels), device=labels.device), tasks]
+    by_own = torch.bincount(tasks[own_heads.argmax(1) == labels % c], minlength=t).tolist()
+    by_all, totals = [0] * t, [0] * t
+    for label, row in enumerate(confusion):
+        by_all[label // c] += row[label]
+        totals[label // c] += sum(row)
     return {
-        "accuracy": percentages(logits.argmax(1) == labels),
-        "task_aware": percentages(of_own.argmax(1) == labels % c),
-        "confusion": confusion.view(classes, classes).tolist(),
+        "accuracy": [100.0 * n / total for n, total in zip(by_all, totals)],
+        "task_aware": [100.0 * n / total for n, total in zip(by_own, totals)],
+        "confusion": confusion,
     }
 
 

@@ -438,18 +438,26 @@ def save_rows(path, results, rows):
     save_text(path, json.dumps(results | {"rows": [*rows.values()]}, indent=1) + "\n")
 
 
-def main(argv=None):
-    import machine  # which imports this module
-
-    parser = cli.Parser(__doc__)
+def make_parser(description, repeats):
+    """A parser with the flags of all benchmarks; repeats: the default of --repeats."""
+    parser = cli.Parser(description)
     flag = parser.add_argument
     flag("--device", default="auto", help="as in the scripts (default auto)")
     parser.set_defaults(gpu=0, deterministic=False)
     flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
     flag("--out", type=cli.path, metavar="FILE", help="write the results as JSON, and resume them")
+    default = {"default": repeats, "help": "default %(default)s"}
+    flag("--repeats", type=cli.int_range(1), metavar="N", **default)
+    return parser
+
+
+def main(argv=None):
+    import machine  # which imports this module
+
+    parser = make_parser(__doc__, repeats=3)
     rows = ",".join([*ROWS, *machine.ROWS])
-    flag("--rows", metavar="A,B,..", help=f"default: {rows} (the last three: CPU only)")
-    flag("--repeats", type=cli.int_range(1), default=3, metavar="N", help="default %(default)s")
+    message = f"default: {rows} (the last three: CPU only)"
+    parser.add_argument("--rows", metavar="A,B,..", help=message)
     args = parser.parse_args(argv)
     device = utils.pick_device(args)
     known = [*ROWS, *machine.ROWS] if device.type == "cpu" else [*ROWS]

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import trainer
 import utils
-from runtime import cli
 from runtime.errors import UserError, first_line, one_line
 from runtime.process import run_script
 from runtime.run import device_name
@@ -171,14 +170,9 @@ def conditions(args, device):
 
 
 def parse(argv):
-    parser = cli.Parser(__doc__)
-    flag = parser.add_argument
-    flag("--device", default="auto", help="as in the scripts (default auto)")
-    parser.set_defaults(gpu=0, deterministic=False)
-    flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
-    flag("--out", type=cli.path, metavar="FILE", help="write the figures as JSON, and resume them")
-    flag("--ways", default=",".join(WAYS), metavar="A,B,..", help="default: %(default)s")
-    flag("--repeats", type=cli.int_range(1), default=5, metavar="N", help="default %(default)s")
+    parser = bench.make_parser(__doc__, repeats=5)
+    default = {"default": ",".join(WAYS), "help": "default: %(default)s"}
+    parser.add_argument("--ways", metavar="A,B,..", **default)
     args = parser.parse_args(argv)
     args.ways = args.ways.split(",")
     for way in args.ways:
