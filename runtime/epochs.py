@@ -12,11 +12,13 @@ from runtime.errors import UserError, first_line
 from runtime.files import save_text
 
 PARTS = "random", "new", "old", "distillation", "distillation_main"  # of the loss, not weighted
-COLUMNS = {
-    **dict.fromkeys(("lr", "loss", *PARTS, "accuracy", "seconds", "images_per_second"), float),
-    "epoch": int,
-}
-NAMES = "step", "epoch", *(name for name in COLUMNS if name != "epoch")
+NUMBERS = "lr", "loss", *PARTS, "accuracy", "seconds", "images_per_second"
+COLUMNS = {"step": str, "epoch": int} | dict.fromkeys(NUMBERS, float)
+
+
+def epochs_path(results):
+    """The metrics.csv that belongs to a results.json (a Path), whatever prefix they have."""
+    return results.with_name(results.name.replace("results.json", "metrics.csv"))
 
 
 def read_epochs(path):
@@ -28,7 +30,7 @@ def read_epochs(path):
         with open(path, newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = [parse_row(line) for line in reader]
-        if tuple(reader.fieldnames or ()) != NAMES:
+        if (reader.fieldnames or []) != [*COLUMNS]:
             raise ValueError
         return rows
     except FileNotFoundError:
@@ -42,12 +44,11 @@ def read_epochs(path):
 
 def parse_row(line):
     """A row from the texts of a line."""
-    if tuple(line) != NAMES or None in line.values():
+    if [*line] != [*COLUMNS] or None in line.values():  # too many cells, or too few
         raise ValueError
-    row = {"step": line["step"]}
-    row |= {name: COLUMNS[name](text) for name, text in line.items() if name in COLUMNS and text}
-    numbers = [value for name, value in row.items() if name in COLUMNS]
-    if not row["step"] or row["epoch"] < 1 or not all(map(math.isfinite, numbers)):
+    row = {name: COLUMNS[name](text) for name, text in line.items() if text}
+    numbers = [value for name, value in row.items() if name != "step"]
+    if "step" not in row or row["epoch"] < 1 or not all(map(math.isfinite, numbers)):
         raise ValueError
     return row
 
@@ -55,7 +56,7 @@ def parse_row(line):
 def save_epochs(path, rows):
     """Write rows as metrics.csv."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, NAMES, restval="", lineterminator="\n")
+    writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     save_text(path, file.getvalue())
@@ -99,14 +100,13 @@ def open_tensorboard(folder, rows):
         raise UserError(
             f"--tensorboard: {folder} cannot be written ({first_line(error)}); name another folder"
         ) from None
-    for row in rows:
-        write_tensorboard(writer, row)
+    write_tensorboard(writer, rows)
     return writer
 
 
-def write_tensorboard(writer, row):
-    """Scalars such as loss/task1, at the row's epoch."""
-    for name, value in row.items():
-        if name not in ("step", "epoch"):
-            writer.add_scalar(f"{name}/{row['step']}", value, row["epoch"])
+def write_tensorboard(writer, rows):
+    """Scalars such as loss/task1, at the rows' epochs."""
+    for row in rows:
+        for name in row.keys() & {*NUMBERS}:
+            writer.add_scalar(f"{name}/{row['step']}", row[name], row["epoch"])
     writer.flush()

@@ -433,14 +433,15 @@ class Run(Record):
 
     def record_epoch(self, step, row):
         """Add an epoch of a step to metrics.csv, in place of its rows from that epoch on."""
-        rows = replace_epochs(self.epochs, {"step": step} | row)
+        row = {"step": step} | row
+        rows = replace_epochs(self.epochs, row)
         repeated, self.epochs = len(rows) <= len(self.epochs), rows
         save_epochs(self.path(f"{self.prefix}metrics.csv"), rows)
         if self.tensorboard and repeated:
             self.tensorboard.close()
             self.tensorboard = open_tensorboard(self.tensorboard_folder(), rows)
         elif self.tensorboard:
-            write_tensorboard(self.tensorboard, rows[-1])
+            write_tensorboard(self.tensorboard, [row])
 
     def add(self, state, accuracy, density, **more):
         """Record.add, once for each state; the seconds spent in it are filled in."""

@@ -135,7 +135,10 @@ def test_a_failed_run_stops_the_others(tmp_path, monkeypatch):
 
 def test_the_records_are_copied_and_compared(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    names = ("CIL/results.json", "CIL/retrain_task3_results.json", "CIL/task1_best_model.pt")
+    copied = [
+        f"CIL/{name}" for name in ("metrics.csv", "results.json", "retrain_task3_results.json")
+    ]
+    names = (*copied, "CIL/task1_best_model.pt")
     for name in (*(f"seed1/{name}" for name in names), "seed2/CIL/results.json"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text('{"states": [1]}')
@@ -148,7 +151,7 @@ def test_the_records_are_copied_and_compared(tmp_path, monkeypatch):
     reproduce.main(["--out", str(out), "--seeds", "1"])
     copies = out / "results"
     found = sorted(str(path.relative_to(copies)) for path in copies.rglob("*.*"))
-    assert found == ["seed1/CIL/results.json", "seed1/CIL/retrain_task3_results.json"]
+    assert found == [f"seed1/{name}" for name in copied]
     assert calls == [[str(copies / "seed1" / "CIL"), "--out", str(copies)]]
 
 

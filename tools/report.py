@@ -27,7 +27,7 @@ from models import BACKBONES
 from models.cost import layer_macs
 from runtime import metrics
 from runtime.cli import CONTROLS, Parser
-from runtime.epochs import read_epochs
+from runtime.epochs import epochs_path, read_epochs
 from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import run_script
@@ -82,8 +82,7 @@ def read(folder):
 def read_run(path):
     """The content of a results.json, and under "epochs" the rows of the metrics.csv beside it."""
     run = json.loads(path.read_text())
-    name = path.name.replace("results.json", "metrics.csv")
-    return run | {"epochs": read_epochs(path.with_name(name))}
+    return run | {"epochs": read_epochs(epochs_path(path))}
 
 
 def check_run(run):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime import cli
+from runtime.epochs import epochs_path
 from runtime.errors import UserError, first_line
 from runtime.process import run_script
 from runtime.threads import usable_cores
@@ -241,9 +242,8 @@ def copy_records(args):
             copy = args.out / "results" / path.relative_to(args.out)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-            curves = path.with_name(path.name.replace("results.json", "metrics.csv"))
-            if curves.exists():
-                shutil.copyfile(curves, copy.with_name(curves.name))
+            if epochs_path(path).exists():
+                shutil.copyfile(epochs_path(path), epochs_path(copy))
             folders.add(str(copy.parent))
     return [*sorted(folders), "--out", str(args.out / "results")]
 
