@@ -271,9 +271,7 @@ def draw_matrix(axes, one, tasks):
         for i, values in enumerate(zip(*rows)):
             mean = cells[task - 1][i] = mean_and_sd(values)[0]
             if tasks <= 10:
-                style = {"ha": "center", "va": "center", "fontsize": 8 if tasks <= 6 else 7}
-                style["color"] = "white" if mean < 55 else "black"
-                axes.text(i + 1, task, f"{mean:.0f}", **style)
+                write_in_cell(axes, i + 1, task, mean, 8 if tasks <= 6 else 7)
     edge = (0.5, tasks + 0.5)
     image = axes.imshow(cells, "cividis", vmin=0, vmax=100, extent=(*edge, *edge[::-1]))
     axes.set(xlabel="accuracy of task", ylabel="after task")
@@ -281,6 +279,12 @@ def draw_matrix(axes, one, tasks):
         axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.spines[:].set_visible(False)
     return image
+
+
+def write_in_cell(axes, x, y, percent, size):
+    """A number that can be read on its cell of a matrix."""
+    style = {"ha": "center", "va": "center", "fontsize": size}
+    axes.text(x, y, f"{percent:.0f}", color="white" if percent < 55 else "black", **style)
 
 
 def confusion(groups):
@@ -326,9 +330,7 @@ def draw_confusion(axes, found, names):
     if number <= 10:
         for y, line in enumerate(found):
             for x, share in enumerate(line):
-                style = {"ha": "center", "va": "center", "fontsize": 7}
-                color = "white" if share < 55 else "black"
-                axes.text(x, y, f"{share:.0f}", color=color, **style)
+                write_in_cell(axes, x, y, share, 7)
     axes.spines[:].set_visible(False)
     return image
 
@@ -336,7 +338,7 @@ def draw_confusion(axes, found, names):
 # ------------------------------------------------------------------------------ training
 
 
-PART_COLORS = dict(zip(PARTS, (BLUE, GREEN, SKY, ORANGE, PURPLE)))
+LOSS_COLORS = dict(zip(("loss", *PARTS), (BLACK, BLUE, GREEN, SKY, ORANGE, PURPLE)))
 
 
 def curves(groups):
@@ -351,16 +353,15 @@ def curves(groups):
     figure = Figure(figsize=(8, 1.2 + 1.9 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False)
     for (left, right), (one, found) in zip(panels, shown):
-        draw_curves(left, found, {"loss": BLACK} | PART_COLORS)
+        draw_curves(left, found, LOSS_COLORS)
         draw_curves(right, found, {"accuracy": STYLES[one["script"]][0]})
         left.set_title(panel_label(one).replace("\n", " "), loc="left")
         left.set_ylabel("loss")
         right.set(ylabel="validation accuracy (%)", ylim=(0, 100))
     for axes in panels[-1]:
         axes.set_xlabel("epoch (dotted: a new task)")
-    names = {"loss": BLACK} | PART_COLORS
-    lines = [Line2D([], [], color=color, lw=1.2) for color in names.values()]
-    labels = [name.replace("_main", ", balanced heads") for name in names]
+    lines = [Line2D([], [], color=color, lw=1.2) for color in LOSS_COLORS.values()]
+    labels = [name.replace("_main", ", balanced heads") for name in LOSS_COLORS]
     figure.legend(lines, labels, loc="outside lower center", ncols=3)
     figure.suptitle(f"Learning curves on {title(groups)}", fontsize=9)
     return figure
