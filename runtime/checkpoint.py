@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 
+from runtime import packed
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write, check_archive, is_archive
 
@@ -113,7 +114,9 @@ class StorageKeys(pickle._Unpickler):
 
 
 def read_state_dict(path):
-    """The state dict of a checkpoint file, of either form: {'state_dict': ...} or raw."""
+    """The state dict of a checkpoint ({'state_dict': ...}, or raw) or of a packed file."""
+    if packed.is_packed(path):
+        return packed.read(path)[1]
     content = load_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
