@@ -28,10 +28,11 @@ import utils
 from datasets import DATASETS
 from datasets.prepare import ensure_prepared, holds_set, read_meta, read_set
 from datasets.spec import PARTS, check_images
-from runtime import cli
+from runtime import cli, packed
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 from runtime.process import run_script
+from runtime.run import record_paths
 
 
 @dataclass
@@ -381,15 +382,17 @@ def read_order(path, names, total):
 
 
 def recorded_order(path, args, needed, total):
-    """The class order of the run whose file `path` is; None if none of this set is recorded."""
-    path = Path(path)
-    prefix = re.match(r"(retrain_task\d+_)?", path.name)[0]
-    for record in (path.with_name(f"{prefix}results.json"), path.with_name("results.json")):
-        if not record.exists():
+    """The class order of the run whose file `path` is; None if none of this set is recorded.
+
+    A packed file holds it, a checkpoint has the results.json of its run beside it.
+    """
+    header = packed.read_header(path)
+    for record in [path] if header else record_paths(path):
+        if not header and not record.exists():
             continue
         try:
-            content = json.loads(record.read_text())
-            if content["config"]["dataset"] != args.dataset:
+            content = header or json.loads(record.read_text())
+            if (header or content["config"])["dataset"] != args.dataset:
                 return None
             order = content["class_order"][:needed]
             valid = len(order) == needed == len({*order}) and {*order} <= {*range(total)}

@@ -19,7 +19,7 @@ import teaching
 import trainer
 import utils
 from models import BACKBONES
-from runtime import cli
+from runtime import cli, packed
 from runtime.checkpoint import read_state_dict
 from runtime.files import file_checksum
 from runtime.process import run_script
@@ -36,14 +36,14 @@ def make_parser():
         type=cli.path,
         required=True,
         metavar="W",
-        help="checkpoint to start from; its own mask is dropped",
+        help="checkpoint or packed file to start from; its own mask is dropped",
     )
     flag(
         "--mask",
         type=cli.path,
         required=True,
         metavar="M",
-        help="mask file, or any pruned checkpoint",
+        help="mask file, or any pruned checkpoint or packed ticket",
     )
     cli.add_state_flag(flag, "task to train")
     flag(
@@ -59,7 +59,7 @@ def make_parser():
 
 
 def parse(argv):
-    args = make_parser().parse_args(argv)
+    args = packed.parse_args(make_parser(), argv, "weight", dataset.DATASETS)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "BU_{}")
     return args

@@ -2,7 +2,9 @@
 
     python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned --state 5
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
+    python test.py --pretrained ticket.npz --pruned
 
+The last is a packed file (tools/pack.py), which tells the network, data set and class order itself.
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
 the model costs (models/cost.py).
 With --save_dir the records are written there too, as test_<P>_results.json.
@@ -15,7 +17,7 @@ import dataset
 import pruning_utils
 import utils
 from models import BACKBONES, build_model
-from runtime import cli
+from runtime import cli, packed
 from runtime.checkpoint import read_state_dict
 from runtime.errors import UserError
 from runtime.process import run_script
@@ -28,8 +30,14 @@ def make_parser():
     cli.add_data_flags(parser, dataset.DATASETS)
     cli.add_network_flags(parser, BACKBONES)
     flag = parser.add_argument_group("the model").add_argument
-    flag("--pretrained", type=cli.path, required=True, metavar="P", help="checkpoint to test")
-    flag("--pruned", action="store_true", help="the checkpoint holds masks")
+    flag(
+        "--pretrained",
+        type=cli.path,
+        required=True,
+        metavar="P",
+        help="checkpoint or packed file to test",
+    )
+    flag("--pruned", action="store_true", help="it holds masks")
     cli.add_state_flag(flag, "test on the classes of tasks 1..t")
     cli.add_batch_size_flag(flag)
     flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
@@ -37,7 +45,7 @@ def make_parser():
 
 
 def parse(argv):
-    args = make_parser().parse_args(argv)
+    args = packed.parse_args(make_parser(), argv, "pretrained", dataset.DATASETS)
     dataset.resolve_tasks(args)
     cli.finalize_args(args)
     return args
@@ -48,7 +56,7 @@ def cost_line(weights, macs, macs_percent, checkpoint_bytes, packed_bytes):
     return (
         f"cost (computed): {weights:,} convolution weights, {macs:,} multiply-accumulates per "
         f"image ({macs_percent:.2f} % of the dense network's), {checkpoint_bytes:,} bytes as in a "
-        f"checkpoint, {packed_bytes:,} packed"
+        f"checkpoint, {packed_bytes:,} packed, before compression"
     )
 
 

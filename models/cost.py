@@ -29,8 +29,9 @@ def cost(args, size, densities):
     checkpoint_bytes  the tensors of a state dict in our checkpoints, where a pruned convolution has
                       weight_orig and weight_mask, both float32. The optimizer's momentum,
                       which *_best_model.pt also holds, is not counted
-    packed_bytes      the same if a pruned convolution took a bit for each weight and 4 bytes for
-                      each that remains
+    packed_bytes      the arrays of a packed file (runtime/packed.py) before it is compressed: a
+                      pruned convolution takes a bit for each weight and 4 bytes for each that
+                      remains. The file also has a header, and names
     """
     layers, dense_bytes = dense_layers(*described(args), size)
     left = remaining(layers, densities)
@@ -38,7 +39,8 @@ def cost(args, size, densities):
     if densities:
         prunable, kept = (sum(each[name][0] for name in densities) for each in (layers, left))
         checkpoint_bytes += 4 * prunable
-        packed_bytes += -(-prunable // 8) - 4 * (prunable - kept)
+        bits = sum(-(-layers[name][0] // 8) for name in densities)  # whole bytes of each
+        packed_bytes += bits - 4 * (prunable - kept)
     return {
         "weights": sum(n for name, (n, _) in left.items() if name != HEADS),
         "macs": macs(left),

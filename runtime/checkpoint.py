@@ -117,7 +117,11 @@ def read_state_dict(path):
     """The state dict of a checkpoint ({'state_dict': ...}, or raw) or of a packed file."""
     if packed.is_packed(path):
         return packed.read(path)[1]
-    content = load_checkpoint(path)
+    return state_dict_of(load_checkpoint(path), path)
+
+
+def state_dict_of(content, path):
+    """The state dict in the content of a checkpoint. Raises UserError, naming its path."""
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds no state dict, give a checkpoint")

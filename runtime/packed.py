@@ -85,6 +85,13 @@ FIELDS = {
 }
 
 
+def complete(header):
+    """The header as the file holds it: FIELDS, format and version. Raises ValueError."""
+    header = {"format": FORMAT, "version": VERSION} | header
+    check_header(header)
+    return header
+
+
 def check_header(header):
     """Raise ValueError unless each field holds what it must."""
     if not isinstance(header, dict):
@@ -114,6 +121,33 @@ def check_header(header):
 
 def refuse_constant(name):
     raise ValueError(f"its header holds {name}")
+
+
+# ------------------------------------------------------------------------------ flags
+
+NETWORK_FLAGS = ("dataset", "classifiers", "classes_per_classifier", "arch", "width")
+
+
+def parse_args(parser, argv, flag, datasets):
+    """parser.parse_args(argv), with a packed file's data set and network as the defaults.
+
+    flag: the name of the flag that names the file; datasets: the names of those there are. Raises
+    UserError if a flag that was given contradicts the file.
+    """
+    args = parser.parse_args(argv)
+    path = vars(args)[flag]
+    header = read_header(path)
+    if header is None:
+        return args
+    known = {key: header[key] for key in NETWORK_FLAGS if header[key] is not None}
+    if known.get("dataset") not in (None, *datasets):
+        raise UserError(f"--{flag} {path}: is of the data set {known['dataset']}, unknown here")
+    parser.set_defaults(**known)
+    args = parser.parse_args(argv)
+    for key, value in known.items():
+        if (given := vars(args)[key]) != value:
+            raise UserError(f"--{key} {given}: {path} is of {key} {value}, leave the flag out")
+    return args
 
 
 # ------------------------------------------------------------------------------ the network
@@ -183,10 +217,8 @@ def write(path, header, state):
     them, hold zeros and ones (pruning_utils.check_state). Raises ValueError if they do not fit,
     UserError if the file cannot be written.
     """
-    header = {"format": FORMAT, "version": VERSION} | header
-    check_header(header)
-    arrays = {"header": np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)}
-    arrays |= pack(header, state)
+    content = json.dumps(complete(header), sort_keys=True).encode()
+    arrays = {"header": np.frombuffer(content, np.uint8)} | pack(header, state)
 
     def write_archive(file):
         with zipfile.ZipFile(file, "w") as archive:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -145,6 +146,17 @@ class Record:
             text = json.dumps(self.results, indent=1) + "\n"
             save_text(folder / f"{prefix}results.json", text)
             save_text(folder / f"{prefix}log_results.txt", log_table(self.results["states"]))
+
+
+def record_paths(checkpoint):
+    """Where the results.json of the run may be that wrote a checkpoint, the likeliest first.
+
+    main_train.py, which works in the folder of another run, has its own.
+    """
+    path = Path(checkpoint)
+    retrained = re.match(r"(retrain_task\d+_(?:\w+_)??)(best_model|checkpoint)\.", path.name)
+    prefixes = [retrained[1], ""] if retrained else [""]
+    return [path.with_name(f"{prefix}results.json") for prefix in prefixes]
 
 
 def log_table(rows):

@@ -1,0 +1,256 @@
+"""Pack a checkpoint into a small file, which test.py and main_train.py read like a checkpoint.
+
+    python -m tools.pack TD_cifar10/task6_best_model.pt --out ticket.npz
+    python -m tools.pack BU_cifar10/task4_best_model.pt --mask BU_cifar10/mask-5.pt --out ticket.npz
+    python -m tools.pack ticket.npz --unpack --out checkpoint.pt
+
+A packed file holds a bit for each weight of a pruned convolution and the values of those that
+remain, compressed; all else as it is (docs/tickets.md). Weights outside the mask become 0, which
+changes no output; everything else comes back bit for bit. The file also tells the network, the data
+set with its class order, names and normalization, the accuracy, and the command of the run, as far
+as the run's folder records them.
+"""
+
+import dataset  # isort: skip  (before torch: it settles the threads)
+
+import json
+import lzma
+import os
+import re
+import shlex
+import zlib
+from argparse import Namespace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import pruning_utils
+from datasets.prepare import read_embedded, read_meta
+from models import build_model
+from runtime import cli, packed
+from runtime.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
+from runtime.errors import UserError, first_line
+from runtime.files import file_checksum
+from runtime.process import run_script
+from runtime.run import record_paths
+
+DESCRIBING = ("dataset", "data", "class_order", "state")  # flags
+
+
+def make_parser():
+    parser = cli.Parser(__doc__, "python -m tools.pack")
+    flag = parser.add_argument
+    flag("checkpoint", type=cli.path, metavar="CHECKPOINT", help="checkpoint, or packed file")
+    flag("--out", type=cli.path, metavar="FILE", required=True, help="file to write")
+    flag("--mask", type=cli.path, metavar="M", help="put it under this mask, as main_train.py does")
+    flag(
+        "--half",
+        action="store_true",
+        help="convolution weights as float16: half the size, and no longer the same values",
+    )
+    flag("--unpack", action="store_true", help="write a checkpoint, with the header as 'packed'")
+    flag(
+        "--compare",
+        action="store_true",
+        help="also show what zip and xz make of CHECKPOINT (a minute or two at width 64)",
+    )
+    flag = parser.add_argument_group("where no run's folder tells").add_argument
+    flag("--dataset", metavar="NAME", help=f"{', '.join(dataset.DATASETS)}")
+    flag("--data", type=cli.path, metavar="DIR", help="the prepared set (default data/<dataset>)")
+    flag("--class_order", type=cli.nonempty, metavar="ORDER", help="as in the other scripts")
+    message = "the last task that it has learned (default: that in the file's name)"
+    flag("--state", type=cli.int_range(1), metavar="t", help=message)
+    return parser
+
+
+# ------------------------------------------------------------------------------ what is known
+
+
+def read_network(path, flags=None):
+    """The header (packed.FIELDS) and the model, on the CPU, of a packed file or a checkpoint.
+
+    flags: Namespace of DESCRIBING and mask; None: none was given. Raises UserError.
+    """
+    flags = flags or Namespace(**dict.fromkeys((*DESCRIBING, "mask")))
+    if packed.is_packed(path):
+        header, state = packed.read(path)
+    else:
+        content = load_checkpoint(path)
+        header, state = content.get("packed"), state_dict_of(content, path)
+    try:
+        network = packed.describe_network(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}, give another file") from None
+    model = build_model(Namespace(**network, precision="fp32"))
+    masks = pruning_utils.load_masks(flags.mask) if flags.mask else None
+    if masks:
+        pruning_utils.check_masks(model, masks, f"--mask {flags.mask}")
+    pruning_utils.load_state(model, state, masks, source=path)
+    pruned = pruning_utils.extract_mask(model.state_dict())
+    found = network | {"kind": "ticket" if pruned else "dense"}
+    found["density"] = pruning_utils.density(pruning_utils.masks_of(model))
+    return describe(path, header, found, flags), model
+
+
+def describe(path, header, found, flags):
+    """The header of a checkpoint.
+
+    header: what the file holds, if --unpack has written it, else None; found: the fields that the
+    state dict tells. Raises UserError.
+    """
+    try:
+        if header is None:
+            header = {"half": False} | found | describe_run(path, Namespace(**found), flags)
+        else:
+            for key in DESCRIBING:
+                if (given := vars(flags)[key]) is not None:
+                    raise UserError(f"--{key} {given}: {path} tells it itself, leave the flag out")
+            header = header | found
+        if flags.mask:
+            header["accuracy"] = None  # was of another network
+        packed.complete(header)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: what it or its run's records tell of it is not usable ({first_line(error)}), "
+            f"give another copy"
+        ) from None
+    return header
+
+
+def describe_run(path, args, flags):
+    """The fields of a header that the run of a checkpoint records, and else the flags tell.
+
+    args: Namespace of what the state dict tells.
+    """
+    record, journal = read_records(path)
+    config = record.get("config", {})
+    args.dataset = flags.dataset or config.get("dataset")
+    args.data, args.class_order = flags.data or config.get("data"), flags.class_order
+    if (flags.state or 1) > args.classifiers:
+        raise UserError(f"--state {flags.state}: give a task from 1 to {args.classifiers}")
+    of_task = re.search(r"task([1-9]\d*)_", Path(path).name)
+    checksum = file_checksum(path)
+    command = [record["script"] + ".py", *journal["command"]] if journal.get("finished") else None
+    return describe_set(path, args, record) | {
+        "state": flags.state or (of_task and min(int(of_task[1]), args.classifiers)),
+        "accuracy": None if flags.state else accuracy_of(path, checksum, record, journal),
+        "command": command and shlex.join(command),
+        "sha256": checksum,
+    }
+
+
+def read_records(path):
+    """The results.json and the run.json of a checkpoint's run; {} where they cannot be read."""
+
+    def read(file):
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+
+    for results in record_paths(path):
+        if record := read(results):
+            return record, read(results.with_name(results.name.replace("results", "run")))
+    return {}, {}
+
+
+def accuracy_of(path, checksum, record, journal):
+    """The test accuracy of a checkpoint, a list; None unless the run records it of this file."""
+    name = Path(path).name
+    files = [step["files"].get(name) for step in journal.get("steps", {}).values()]
+    tested = r"(?:retrain_)?task(\d+)_(?:\w+_)??(best_model|best_prun_model)\.pt"
+    found = re.fullmatch(tested, name)
+    if checksum not in files or not found:
+        return None
+    dense = record["script"] == "main_BU" and found[2] == "best_model"
+    rows = {row["state"]: row for row in record["states"]}
+    return rows.get(int(found[1]), {}).get("dense_accuracy" if dense else "accuracy")
+
+
+def describe_set(path, args, record):
+    """dataset, class_order, class_names, mean, std and image_size; None where unknown."""
+    keys = ("dataset", "class_order", "class_names", "mean", "std", "image_size")
+    if not args.dataset:
+        return dict.fromkeys(keys)
+    if args.dataset not in dataset.DATASETS:
+        raise UserError(
+            f"--dataset {args.dataset}: unknown; give one of {', '.join(dataset.DATASETS)}"
+        )
+    spec, classes = dataset.DATASETS[args.dataset], args.classifiers * args.classes_per_classifier
+    meta = read_embedded(args.dataset)[2] if spec.embedded else read_meta(dataset.set_folder(args))
+    names = {int(c): name for c, name in meta.get("names", {}).items()}
+    total = len(names) or spec.classes or classes
+    if classes > total:
+        raise UserError(f"--dataset {args.dataset}: has {total} classes, {path} has {classes}")
+    order = dataset.class_order(args, names, total, path)[:classes]
+    side = None if spec.from_source else spec.side
+    return {
+        "dataset": args.dataset,
+        "class_order": order,
+        "class_names": [names[c] for c in order] if names else record.get("class_names"),
+        "mean": [*spec.mean] if spec.mean else meta.get("mean"),
+        "std": [*spec.std] if spec.std else meta.get("std"),
+        "image_size": record.get("image_size", side and [side, side]),
+    }
+
+
+# ------------------------------------------------------------------------------ sizes
+
+
+def compressed_size(path, name, compressor):
+    """Bytes of a file after compression."""
+    size = os.path.getsize(path)
+    bar = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
+    with open(path, "rb") as file, tqdm(total=size, desc=name, **bar) as progress:
+        written = 0
+        while block := file.read(2**20):
+            written += len(compressor.compress(block))
+            progress.update(len(block))
+    return written + len(compressor.flush())
+
+
+def sizes(args, model):
+    """The sizes of all forms of a network, as lines of text."""
+    state = model.state_dict()
+    dense = sum(value.nbytes for value in pruning_utils.dense_state(state).values())
+    rows = {
+        "dense weights, float32": dense,
+        "weights and masks": sum(value.nbytes for value in state.values()),
+        f"given: {args.checkpoint}": os.path.getsize(args.checkpoint),
+    }
+    if args.compare:
+        given = f"{args.checkpoint}"
+        deflate, xz = zlib.compressobj(9), lzma.LZMACompressor()
+        rows["  as zip compresses it"] = compressed_size(given, "zip", deflate)
+        rows["  as xz compresses it"] = compressed_size(given, "xz", xz)
+    rows[f"written: {args.out}"] = os.path.getsize(args.out)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in rows.items())
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if os.path.exists(args.out) and os.path.samefile(args.out, args.checkpoint):
+        raise UserError(f"--out {args.out}: is CHECKPOINT itself, name another file")
+    if args.unpack and not packed.is_packed(args.checkpoint):
+        raise UserError(f"{args.checkpoint}: not a packed file, leave out --unpack")
+    if args.unpack and (args.half or args.mask):
+        raise UserError("--unpack: leave out --half and --mask")
+    header, model = read_network(args.checkpoint, args)
+    if args.unpack:
+        save_checkpoint(args.out, {"state_dict": model.state_dict(), "packed": header})
+    else:
+        header["half"] |= args.half
+        packed.write(args.out, header, model.state_dict())
+    unknown = [key for key in header if header[key] is None]
+    print(f"{header['kind']}, {header['arch']}, width {header['width']}: {header['density']:.2f} %")
+    print(f"unknown: {', '.join(unknown) or 'nothing'}")
+    print(sizes(args, model))
+    return header
+
+
+if __name__ == "__main__":
+    run_script(main)
