@@ -99,9 +99,9 @@ def check_header(header):
     if header.get("format") != FORMAT:
         raise ValueError("its header names another format")
     if header.get("version") != VERSION:
-        raise ValueError(f"it is of version {header.get('version')}, this code reads {VERSION}")
-    for key in ({"format", "version"} | FIELDS.keys()) ^ header.keys():
-        raise ValueError(f"its header {'lacks' if key in FIELDS else 'has an unknown'} {key}")
+        raise ValueError(f"it is of version {header.get('version')!r}, this code reads {VERSION}")
+    for key in sorted(({"format", "version"} | FIELDS.keys()) ^ header.keys()):
+        raise ValueError(f"its header {'lacks' if key in FIELDS else 'has an unknown'} {key!r}")
     for key, check in FIELDS.items():
         if not check(header[key]):
             raise ValueError(f"{key} in its header cannot be {header[key]!r}")
@@ -120,7 +120,7 @@ def check_header(header):
 
 
 def refuse_constant(name):
-    raise ValueError(f"its header holds {name}")
+    raise ValueError(f"it holds {name}")
 
 
 # ------------------------------------------------------------------------------ flags
@@ -321,7 +321,10 @@ def take_header(archive):
     if not 0 < size <= MAX_HEADER:
         raise ValueError(f"its header has {size:,} bytes, at most {MAX_HEADER:,} are allowed")
     content = take(archive, "header", "|u1", (size,)).tobytes().decode()
-    header = json.loads(content, parse_constant=refuse_constant)
+    try:
+        header = json.loads(content, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not valid JSON: {first_line(error)}") from None
     check_header(header)
     return {key: header[key] for key in FIELDS}
 
@@ -346,8 +349,8 @@ def unpack(archive, header):
     pruned = convolutions if is_ticket(header) else set()
     expected = ["header", *(key for key in tensors if key not in pruned)]
     expected += [key.removesuffix(".weight") + end for key in pruned for end in (MASK, ORIG)]
-    for name in {f"{key}.npy" for key in expected} ^ set(archive.namelist()):
-        raise ValueError(f"{name} is {'missing' if name[:-4] in expected else 'one too many'}")
+    for name in sorted({f"{key}.npy" for key in expected} ^ set(archive.namelist())):
+        raise ValueError(f"{name!r} is {'missing' if name[:-4] in expected else 'one too many'}")
     state, left = OrderedDict(), 0
     for key, tensor in tensors.items():
         kind = "<i8" if tensor.dtype == torch.int64 else "<f4"

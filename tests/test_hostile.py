@@ -25,11 +25,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_checkpoints import PLAIN, call, hostile_file, hostile_pickle, npy, reduced
 from torch import nn
 
 import pruning_utils
 from models import ResNet18
+from runtime import packed
 
 PETA = 10**15  # more bytes than any machine has memory
 
@@ -62,6 +64,14 @@ INPUTS = {
     "meta": Input(f"{CIL} prepared", "prepared/meta.json", "prepared: holds "),
     "published_pool": Input(f"{CIL} published", "published/cifar10_80m_150k.pkl"),
     "results": Input("-m tools.report run --out out", "run/results.json"),
+    "ticket": Input("test.py --pretrained ticket.npz --pruned --device cpu", "ticket.npz"),
+    "ticket_weight": Input(TRAIN.replace("weight.pt", "ticket.npz"), "ticket.npz"),
+    "ticket_mask": Input(TRAIN.replace("mask.pt", "ticket.npz"), "ticket.npz"),
+    "ticket_unpacked": Input("-m tools.pack ticket.npz --unpack --out out/new.pt", "ticket.npz"),
+    "ticket_packed": Input("-m tools.pack ticket.npz --half --out out/new.npz", "ticket.npz"),
+    "ticket_classifies": Input("-m tools.classify --pretrained ticket.npz a.png", "ticket.npz"),
+    "checkpoint_packed": Input("-m tools.pack weight.pt --out out/new.npz", "weight.pt"),
+    "picture": Input("-m tools.classify --pretrained ticket.npz a.png", "a.png"),
 }
 PARTS = {"train": "train", "val": "val", "test": "test", "save_100": "exemplars"}
 for file, part in PARTS.items():
@@ -76,6 +86,20 @@ RUN = {
         {"state": 1, "accuracy": [90.0], "mean": 90.0, "density": 100.0},
         {"state": 2, "accuracy": [80.0, 70.0], "mean": 75.0, "density": 100.0},
     ],
+}
+TICKET = {
+    "kind": "ticket",
+    "half": False,
+    "dataset": "digits",
+    "class_order": [4, 2, 7, 6],
+    "class_names": ["4", "2", "7", "6"],
+    "mean": [0.3066, 0.3066, 0.3066],
+    "std": [0.3767, 0.3767, 0.3767],
+    "image_size": [32, 32],
+    "state": 2,
+    "accuracy": [90.0, 80.0],
+    "command": "main_TD.py --dataset digits",
+    "sha256": "0" * 64,
 }
 META = {"dataset": "cifar10", "names": {str(c): f"class {c}" for c in range(10)}}
 
@@ -93,7 +117,14 @@ def intact(tmp_path_factory):
     torch.manual_seed(0)
     model = ResNet18(2, 2, width=4)
     torch.save(model.state_dict(), folder / "weight.pt")
-    pruning_utils.save_masks(folder / "mask.pt", pruning_utils.masks_of(model))
+    masks = pruning_utils.masks_of(model)
+    pruning_utils.save_masks(folder / "mask.pt", masks)
+    masks = {name: (mask * torch.rand(mask.shape) < 0.3).float() for name, mask in masks.items()}
+    pruning_utils.apply_mask(model, masks)
+    header = TICKET | packed.describe_network(model.state_dict())
+    header["density"] = pruning_utils.density(masks)
+    packed.write(folder / "ticket.npz", header, model.state_dict())
+    Image.fromarray(images(1)[0]).save(folder / "a.png")
     np.save(folder / "soft/task1_img.npy", np.zeros((5, 3, 32, 32), np.float32))
     for name in ("dis_label", "dis_label_main"):
         np.save(folder / f"soft/task1_{name}.npy", np.zeros((5, 2), np.float32))
@@ -595,6 +626,247 @@ ARCHIVES = {
     "empty_archive": lambda case: zipped([]),
 }
 
+# ------------------------------------------------------------------------------ packed files
+
+
+def deflated(arrays):
+    return zipped(arrays, compression=zipfile.ZIP_DEFLATED)
+
+
+def record(name, change):
+    """The intact packed file, with change(bytes of the .npy array) as one of its records."""
+
+    def make(case):
+        arrays = dict(members(case.intact))
+        return deflated((arrays | {name: change(arrays[name])}).items())
+
+    return make
+
+
+def as_header(text):
+    """A header record of this text."""
+    return packed.npy_start(np.dtype("u1"), (len(text),)) + text
+
+
+def header(change):
+    """The intact packed file; change(header) is its header, or the text of it."""
+
+    def change_record(data):
+        content = change(json.loads(data[128:]))
+        return as_header(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    return record("header.npy", change_record)
+
+
+def field(**changed):
+    return header(lambda content: content | changed)
+
+
+def number(key, text):
+    """The intact packed file with `text` as a number in its header."""
+    return header(lambda content: json.dumps(content | {key: 7777}).encode().replace(b"7777", text))
+
+
+def values(change):
+    """The intact packed file with the weights of a convolution changed."""
+
+    def change_record(data):
+        array = change(np.frombuffer(data, "<f4", offset=128).copy())
+        return packed.npy_start(array.dtype, array.shape) + array.tobytes()
+
+    return record(WEIGHT, change_record)
+
+
+def put_at(number, value):
+    def change(array):
+        array[number] = value
+        return array
+
+    return change
+
+
+def bits(change):
+    """The intact packed file with the mask of conv1 changed: 108 bits in 14 bytes."""
+
+    def change_record(data):
+        array = change(np.frombuffer(data, "u1", offset=128).copy())
+        return packed.npy_start(array.dtype, array.shape) + array.tobytes()
+
+    return record("conv1.weight_mask.npy", change_record)
+
+
+def without(name):
+    return lambda case: deflated(each for each in members(case.intact) if each[0] != name)
+
+
+def with_record(name, content=b""):
+    return lambda case: deflated([*members(case.intact), (name, content)])
+
+
+def declared(name, size):
+    """The intact packed file; its directory declares another size for a record."""
+
+    def make(case):
+        data = bytearray(case.intact)
+        entry = data.rindex(name.encode()) - 46
+        assert data[entry : entry + 4] == b"PK\1\2"
+        data[entry + 24 : entry + 28] = size.to_bytes(4, "little")
+        return bytes(data)
+
+    return make
+
+
+def hostile_records(kinds):
+    return {
+        f"{kind}_in_a_record": lambda case, make=PAYLOADS[kind]: record(
+            WEIGHT, lambda data: as_objects(make(case.marker))
+        )(case)
+        for kind in kinds
+    }
+
+
+WEIGHT = "conv1.weight_orig.npy"
+BIAS = "layer1.0.bn1.bias.npy"
+PACKED = {
+    **DAMAGED,
+    **{
+        f"cut_at_{share}_percent": lambda case, share=share: case.intact[
+            : len(case.intact) * share // 100
+        ]
+        for share in (1, 3, 10, 25, 40, 60, 75, 90, 97, 99)
+    },
+    **{f"cut_at_{n}": lambda case, n=n: case.intact[:n] for n in (4, 30, 39, 40, 41, 200)},
+    "cut_22_bytes": lambda case: case.intact[:-22],
+    "starts_late": lambda case: case.intact[1:],
+    "doubled": lambda case: case.intact * 2,
+    "flipped_bit_early": lambda case: flipped(case.intact, 60),
+    "flipped_bit_in_the_middle": lambda case: flipped(case.intact, len(case.intact) // 2),
+    "flipped_bit_in_the_directory": lambda case: flipped(case.intact, len(case.intact) - 300),
+    **hostile(as_pickle, FEW),
+    **hostile_records(FEW),
+    # records
+    "no_header": without("header.npy"),
+    "no_mask": without("conv1.weight_mask.npy"),
+    "no_values": without(WEIGHT),
+    "no_bias": without(BIAS),
+    "record_twice": lambda case: deflated([*members(case.intact), members(case.intact)[5]]),
+    "header_twice": lambda case: deflated([*members(case.intact), members(case.intact)[0]]),
+    "one_record_more": with_record("extra.npy"),
+    "a_dense_weight_beside": with_record("conv1.weight.npy"),
+    "outside": with_record("../../outside.npy"),
+    "name_of_escapes": with_record("\x1b[2J\n.npy"),
+    "name_of_50000": with_record("n" * 50_000),
+    "declared_shorter": declared(BIAS, 130),
+    "declared_longer": declared(BIAS, 1000),
+    "declared_4_GiB": declared(BIAS, 2**32 - 1),
+    "bias_longer": record(BIAS, lambda data: data + bytes(4)),
+    "bias_shorter": record(BIAS, lambda data: data[:-1]),
+    "bias_float64": record(BIAS, lambda data: data.replace(b"<f4", b"<f8")),
+    "bias_integers": record(BIAS, lambda data: data.replace(b"<f4", b"<i4")),
+    "bias_big_endian": record(BIAS, lambda data: data.replace(b"<f4", b">f4")),
+    "bias_of_objects": record(BIAS, lambda data: data.replace(b"<f4'", b"|O' ")),
+    "bias_turned": record(BIAS, lambda data: data.replace(b"False", b"True ")),
+    "bias_of_another_shape": record(BIAS, lambda data: data.replace(b"(4,)", b"(5,)")),
+    "bias_of_text": record(BIAS, lambda data: b"x" * len(data)),
+    "bias_nan": record(BIAS, lambda data: data[:-4] + np.float32(np.nan).tobytes()),
+    "npy_version_9": record(BIAS, lambda data: data.replace(b"NUMPY\1", b"NUMPY\x09")),
+    "bomb_header": lambda case: bomb(case.intact, "header.npy"),
+    "bomb_bias": lambda case: bomb(case.intact, BIAS),
+    "bomb_declared_small": lambda case: declared(BIAS, 144)(
+        SimpleNamespace(intact=bomb(case.intact, BIAS, dict(members(case.intact))[BIAS]))
+    ),
+    # masks and values
+    "bit_beyond_the_mask": bits(put_at(-1, 1)),
+    "mask_with_a_bit_more": bits(lambda a: put_at(0, 255 if a[0] != 255 else 0)(a)),
+    "mask_shorter": bits(lambda a: a[:-1]),
+    "mask_longer": bits(lambda a: np.append(a, np.uint8(0))),
+    "mask_of_bytes": bits(lambda a: np.unpackbits(a)[:108]),
+    "mask_of_floats": bits(lambda a: a.astype("<f4")),
+    "a_value_more": values(lambda a: np.append(a, np.float32(1))),
+    "a_value_fewer": values(lambda a: a[:-1]),
+    "values_none": values(lambda a: a[:0]),
+    "values_nan": values(put_at(3, np.nan)),
+    "values_infinite": values(put_at(0, -np.inf)),
+    "values_half": values(lambda a: a.astype("<f2")),
+    "values_double": values(lambda a: a.astype("<f8")),
+    "values_in_two_rows": values(lambda a: np.stack([a, a])),
+    # the header
+    "header_empty": record("header.npy", lambda data: as_header(b"")),
+    "header_of_2_MiB": header(lambda content: b" " * 2**21),
+    "header_not_json": header(lambda content: b"width = 4"),
+    "header_not_utf8": header(lambda content: b"\xff\xfe{}"),
+    "header_deep": header(lambda content: b"[" * 10**5),
+    "header_of_floats": record("header.npy", lambda data: data.replace(b"|u1", b"<f4")),
+    "header_list": header(lambda content: [content]),
+    "header_null": header(lambda content: None),
+    "another_format": field(format="weights"),
+    "version_2": field(version=2),
+    "version_text": field(version="1"),
+    "no_version": header(lambda content: {k: v for k, v in content.items() if k != "version"}),
+    "no_width": header(lambda content: {k: v for k, v in content.items() if k != "width"}),
+    "unknown_field": field(license="mine"),
+    "field_of_escapes": field(**{"\x1b[2J\n": 1}),
+    "dense_that_is_a_ticket": field(kind="dense"),
+    "half_that_is_whole": field(half=True),
+    "another_kind": field(kind="quantized"),
+    "list_kind": field(kind=["ticket"]),
+    "another_network": field(arch="resnet32"),
+    "unknown_network": field(arch="vgg"),
+    "list_network": field(arch=["resnet18"]),
+    "width_8": field(width=8),
+    "width_0": field(width=0),
+    "width_true": field(width=True),
+    "width_float": field(width=4.0),
+    "width_text": field(width="4"),
+    "width_null": field(width=None),
+    "width_4096": field(width=4096),
+    "width_peta": field(width=PETA),
+    "width_too_long": number("width", b"9" * 5000),
+    "classifiers_3": field(classifiers=3),
+    "classifiers_peta": field(classifiers=PETA),
+    "classes_3": field(classes_per_classifier=3),
+    "classes_negative": field(classes_per_classifier=-2),
+    "density_of_another": field(density=50.0),
+    "density_nan": number("density", b"NaN"),
+    "density_infinite": number("density", b"1e999"),
+    "density_text": field(density="all"),
+    "dataset_of_a_million": field(dataset="d" * 10**6),
+    "order_repeats": field(class_order=[4, 2, 7, 7]),
+    "order_too_short": field(class_order=[4, 2, 7]),
+    "order_of_text": field(class_order=["4", "2", "7", "6"]),
+    "order_negative": field(class_order=[4, 2, 7, -6]),
+    "order_huge": field(class_order=[4, 2, 7, 10**400]),
+    "order_text": field(class_order="4276"),
+    "names_too_many": field(class_names=[*"42763"]),
+    "names_of_numbers": field(class_names=[4, 2, 7, 6]),
+    "mean_of_two": field(mean=[0.5, 0.5]),
+    "mean_nan": number("mean", b"[NaN, 0, 0]"),
+    "std_zero": field(std=[0.0, 0.5, 0.5]),
+    "std_infinite": number("std", b"[1, 1, Infinity]"),
+    "image_size_peta": field(image_size=[PETA, PETA]),
+    "image_size_number": field(image_size=32),
+    "state_3": field(state=3),
+    "state_0": field(state=0),
+    "accuracy_of_one": field(accuracy=[90.0]),
+    "accuracy_101": field(accuracy=[90.0, 101]),
+    "accuracy_nan": number("accuracy", b"[NaN, 1]"),
+    "command_list": field(command=["main_TD.py"]),
+    "checksum_short": field(sha256="00"),
+}
+
+PICTURES = {
+    **{kind: make for kind, make in DAMAGED.items() if kind != "cut_last_byte"},  # Pillow reads it
+    **hostile(as_pickle, FEW),
+    "array": lambda case: npy(PLAIN % "3072,", bytes(12288)),
+    "flipped_bit": lambda case: flipped(case.intact, len(case.intact) // 2),
+    "of_20000_pixels_a_side": lambda case: (
+        case.intact[:16] + (20_000).to_bytes(4, "big") * 2 + case.intact[24:]
+    ),
+    "of_no_pixels": lambda case: case.intact[:16] + bytes(8) + case.intact[24:],
+    "postscript": lambda case: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "svg": lambda case: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
+
 # ------------------------------------------------------------------------------ published data
 
 
@@ -764,8 +1036,12 @@ TABLES = {".pt": CHECKPOINTS, ".npy": ARRAYS, ".npz": ARCHIVES, ".pkl": PICKLES}
 SOFT = ("img", "dis_label", "dis_label_main")
 KINDS = {name: TABLES.get(Path(INPUTS[name].path).suffix) for name in INPUTS}
 KINDS |= dict.fromkeys(SOFT, ARRAYS | NOT_FINITE) | {"meta": METAS, "results": RESULTS}
+KINDS |= {name: PACKED for name in INPUTS if name.startswith("ticket")} | {"picture": PICTURES}
+KINDS["ticket"] = PACKED | {"unknown_dataset": field(dataset="mnist")}  # classify needs no set
 # Inputs that are read by the same code share the kinds among them: (first, step).
 SHARES = {"weight": (0, 2), "dis_label": (0, 3), "dis_label_main": (1, 3), "unlabeled": (2, 3)}
+SHARES |= {"ticket_weight": (0, 20), "ticket_mask": (5, 20), "ticket_packed": (10, 20)}
+SHARES |= {"ticket_unpacked": (0, 4), "ticket_classifies": (15, 20), "checkpoint_packed": (1, 4)}
 for start, part in enumerate(PARTS.values()):
     SHARES |= {f"prepared_{part}": (start % 3, 3), f"published_{part}": (start % 3, 3)}
 CASES = []
@@ -828,7 +1104,8 @@ def test_a_hostile_file_is_rejected_and_does_nothing(limited, intact, tmp_path, 
     assert content(tmp_path) == before, ended
     assert ended.status == 2, ended
     (line,) = ended.err.splitlines()
-    script = "report.py" if command.startswith("-m") else command.split()[0]
+    first, module, *_ = command.split()
+    script = module.rpartition(".")[2] + ".py" if first == "-m" else first
     assert line.startswith(script + ": ") and "Traceback" not in ended.out
     assert path in line or (also and also in line) or naming.search(line), line
     assert line.isprintable() and len(line) < 1000, line[:2000]
