@@ -3,7 +3,6 @@
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 import pruning_utils
 from models import build_model
 from models.cost import HEADS, cost, layer_macs
+from runtime import packed
 from runtime.checkpoint import save_checkpoint
 from tools import report
 
@@ -113,14 +113,15 @@ def test_bytes_of_a_checkpoint_are_those_of_its_file(ticket, pruned, tmp_path):
     assert 0 < around < 1000 + 400 * len(model.state_dict())
 
 
-def test_bytes_of_a_packed_ticket_are_bits_and_remaining_weights(ticket):
+@pytest.mark.parametrize("pruned", [True, False])
+def test_packed_bytes_are_those_of_the_arrays_of_a_packed_file(ticket, pruned):
     args, model, masks = ticket
-    state = pruning_utils.dense_state(model.state_dict())
-    rest = [value.numpy() for key, value in state.items() if key[: -len(".weight")] not in masks]
-    bits = np.packbits(np.concatenate([mask.numpy().ravel() != 0 for mask in masks.values()]))
-    values = [state[f"{name}.weight"][mask != 0].numpy() for name, mask in masks.items()]
-    packed = sum(each.nbytes for each in [bits, *values, *rest])
-    assert cost(args, (32, 32), pruning_utils.densities(masks))["packed_bytes"] == packed
+    if not pruned:
+        pruning_utils.remove_mask(model)
+    header = vars(args) | {"kind": "ticket" if pruned else "dense", "half": False}
+    found = sum(array.nbytes for array in packed.pack(header, model.state_dict()).values())
+    densities = pruning_utils.densities(masks) if pruned else {}
+    assert cost(args, (32, 32), densities)["packed_bytes"] == found
 
 
 def test_densities_of_other_layers_are_an_error():

@@ -59,12 +59,13 @@ def table(names, shares, classes, top):
 
     names: of the n pictures; shares: float [n, k], probabilities of the k classes.
     """
+    top = min(top, len(classes))
     width = max(5, *map(len, names))
     cell = max(11, *(len(name) + 9 for name in classes))
-    heads = ["class"] + [f"{number}." for number in range(2, top + 1)]
+    heads = ["class", *(f"{number}." for number in range(2, top + 1))]
     lines = ["image".ljust(width) + "".join(f"  {head:<{cell}}" for head in heads)]
     for name, row in zip(names, shares):
-        best = row.topk(min(top, len(classes)))
+        best = row.topk(top)
         cells = (f"{classes[i]} {100 * p:.1f} %" for p, i in zip(best.values, best.indices))
         lines.append(f"{name:<{width}}" + "".join(f"  {text:<{cell}}" for text in cells))
     return "\n".join(line.rstrip() for line in lines)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import pruning_utils
 from datasets.prepare import read_embedded, read_meta
 from models import build_model
+from models.base import dense_state
 from runtime import cli, packed
 from runtime.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
 from runtime.errors import UserError, first_line
@@ -211,18 +212,13 @@ def compressed_size(path, name, compressor):
 
 def sizes(args, model):
     """The sizes of all forms of a network, as lines of text."""
-    state = model.state_dict()
-    dense = sum(value.nbytes for value in pruning_utils.dense_state(state).values())
-    rows = {
-        "dense weights, float32": dense,
-        "weights and masks": sum(value.nbytes for value in state.values()),
-        f"given: {args.checkpoint}": os.path.getsize(args.checkpoint),
-    }
+    state, given = model.state_dict(), args.checkpoint
+    forms = {"weights": dense_state(state), "weights and masks": state}
+    rows = {name: sum(each.nbytes for each in form.values()) for name, form in forms.items()}
+    rows[f"given: {given}"] = os.path.getsize(given)
     if args.compare:
-        given = f"{args.checkpoint}"
-        deflate, xz = zlib.compressobj(9), lzma.LZMACompressor()
-        rows["  as zip compresses it"] = compressed_size(given, "zip", deflate)
-        rows["  as xz compresses it"] = compressed_size(given, "xz", xz)
+        rows["  compressed by zip"] = compressed_size(given, "zip", zlib.compressobj(9))
+        rows["  compressed by xz"] = compressed_size(given, "xz", lzma.LZMACompressor())
     rows[f"written: {args.out}"] = os.path.getsize(args.out)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in rows.items())
