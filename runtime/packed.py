@@ -256,7 +256,7 @@ def to_half(array, key):
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UserError(f"{key} holds values too large for float16, leave out --half")
+        raise UserError(f"--half: {key} holds values too large for float16, leave the flag out")
     return half
 
 
@@ -299,7 +299,7 @@ def read(path):
 
 @contextlib.contextmanager
 def open_packed(path):
-    """The archive, whose records are told apart by name; any error becomes a UserError."""
+    """The archive, after a look at its directory. Any error within becomes a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -307,6 +307,9 @@ def open_packed(path):
                 raise ValueError("it holds two records of one name")
             if min(record.header_offset for record in records) > 0:
                 raise ValueError("it holds more than one archive")
+            for record in records:  # others may unpack to any size in one step
+                if record.compress_type != zipfile.ZIP_DEFLATED:
+                    raise ValueError(f"{record.filename!r} is not deflated")
             yield archive
     except UserError:
         raise

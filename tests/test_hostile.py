@@ -745,6 +745,10 @@ PACKED = {
     **hostile(as_pickle, FEW),
     **hostile_records(FEW),
     # records
+    **{
+        name: lambda case, kind=kind: zipped(members(case.intact), compression=kind)
+        for name, kind in (("stored", 0), ("bzip2", zipfile.ZIP_BZIP2), ("lzma", zipfile.ZIP_LZMA))
+    },
     "no_header": without("header.npy"),
     "no_mask": without("conv1.weight_mask.npy"),
     "no_values": without(WEIGHT),
