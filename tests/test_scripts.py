@@ -477,7 +477,7 @@ def test_BU_an_unchanged_model_has_no_decay_whatever_the_class_sizes(tmp_path, m
     flags = ["--percent", "0", "--iter_epochs", "0", "--accept_decay", "-1000"]
     states = run_BU(tmp_path, *flags, "--class_order", "random:5")["states"]
     accuracies = states[2]["dense_accuracy"]
-    assert max(accuracies) - min(accuracies) > 5  # else means and pooled accuracies agree anyway
+    assert max(accuracies) - min(accuracies) > 1  # else means and pooled accuracies agree anyway
     rounds = [each for row in states for each in row["rounds"]]
     assert len(rounds) == 9
     assert all(each["decay"] == 0 and each["density"] == 100 for each in rounds)
