@@ -8,11 +8,13 @@ kernel that skips each zero would need. A dense kernel does them all.
 """
 
 import functools
+import re
 
 import torch
 from torch import nn
 
 from models import BACKBONES
+from models.base import dense_state
 
 HEADS = "linear_main"
 
@@ -89,16 +91,41 @@ def dense_layers(arch, classes_per_classifier, classifiers, width, size):
     """
     with torch.device("meta"):
         model = BACKBONES[arch](classes_per_classifier, classifiers, width, False).eval()
-        image = torch.empty(1, 3, *size)
-    layers = {}
+    state = model.state_dict().values()
+    return layers_of(model, size), sum(tensor.numel() * tensor.element_size() for tensor in state)
+
+
+def layers_of(model, size):
+    """{layer: (weights, output positions per image)} of a network; the balanced heads are HEADS.
+
+    Masks are not looked at. size: (height, width) of an image.
+    """
+    layers, heads = {}, [head.weight for head in model.linear_main]
 
     def count(name, conv, inputs, output):
         layers[name] = conv.weight.numel(), output[0, 0].numel()
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(functools.partial(count, name))
-    model.body(image)
-    layers[HEADS] = sum(head.weight.numel() for head in model.linear_main), 1
-    state = model.state_dict().values()
-    return layers, sum(tensor.numel() * tensor.element_size() for tensor in state)
+    convs = {name: each for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
+    hooks = [
+        each.register_forward_hook(functools.partial(count, name)) for name, each in convs.items()
+    ]
+    model.body(torch.empty(1, 3, *size, dtype=heads[0].dtype, device=heads[0].device))
+    for hook in hooks:
+        hook.remove()
+    layers[HEADS] = sum(weight.numel() for weight in heads), 1
+    return layers
+
+
+def parameters(model):
+    """Numbers that a network holds for inference: weights, scales, shifts and the balanced heads.
+
+    BatchNorm counts as one scale and one shift for each channel. Masks, random heads, and the
+    channel numbers of a shrunk network are not counted.
+    """
+    left_out = re.compile(r"linear\.|.*\.running_|.*\.num_batches_tracked$")
+    state = dense_state(model.state_dict())
+    return sum(
+        value.numel()
+        for key, value in state.items()
+        if value.is_floating_point() and not left_out.match(key)
+    )
