@@ -5,6 +5,7 @@
     python test.py --pretrained ticket.npz --pruned
 
 The last is a packed file (tools/pack.py), which tells the network, data set and class order itself.
+A shrunk one is dense: leave out --pruned.
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
 the model costs (models/cost.py).
 With --save_dir the records are written there too, as test_<P>_results.json.
@@ -17,6 +18,8 @@ import dataset
 import pruning_utils
 import utils
 from models import BACKBONES, build_model
+from models.cost import shrunk_cost
+from models.shrink import ShrunkNet
 from runtime import cli, packed
 from runtime.checkpoint import read_state_dict
 from runtime.errors import UserError
@@ -60,17 +63,34 @@ def cost_line(weights, macs, macs_percent, checkpoint_bytes, packed_bytes):
     )
 
 
-def main(argv=None):
-    args, start = parse(argv), time.monotonic()
-    device = utils.pick_device(args)
-    state = read_state_dict(args.pretrained)
+def load_model(args, device):
+    """The model of --pretrained, its masks, and its density in percent. Raises UserError."""
+    header, model = packed.read_shrunk(args.pretrained, args.precision == "bf16")
+    state = {} if model else read_state_dict(args.pretrained)
     masks = pruning_utils.extract_mask(state)
     if bool(masks) != args.pruned:
         kind, advice = ("pruned", "add") if masks else ("dense", "leave out")
         raise UserError(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
+    if model:
+        return model.to(device), masks, header["density"]
     model = build_model(args).to(device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
+    return model, masks, pruning_utils.density(pruning_utils.masks_of(model))
+
+
+def main(argv=None):
+    args, start = parse(argv), time.monotonic()
+    device = utils.pick_device(args)
+    model, masks, density = load_model(args, device)
     data = dataset.load(args, device, checkpoint=args.pretrained, pool=False, parts=("test",))
+    described = pruning_utils.network_record(masks, args, data)
+    if isinstance(model, ShrunkNet):
+        if model.size != data.image_size:
+            raise UserError(
+                f"--pretrained {args.pretrained}: takes images of {list(model.size)}, found "
+                f"{list(data.image_size)} in {data.source}; give the set that it was shrunk for"
+            )
+        described["cost"] = shrunk_cost(args, model)
     record = Record("test", args, data, model, f"test_{Path(args.pretrained).stem}_")
     record.write()  # a folder that cannot be written is reported now
     print(record.header, end="", flush=True)
@@ -78,8 +98,8 @@ def main(argv=None):
     record.add(
         state=args.state,
         **evaluated,
-        density=pruning_utils.density(pruning_utils.masks_of(model)),
-        **pruning_utils.network_record(masks, args, data),
+        density=density,
+        **described,
         seconds=time.monotonic() - start,
     )
     print(cost_line(**record.results["states"][-1]["cost"]))

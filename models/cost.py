@@ -52,6 +52,20 @@ def cost(args, size, densities):
     }
 
 
+def shrunk_cost(args, model):
+    """The same for a ShrunkNet; args: of the network that it was."""
+    layers = layers_of(model, model.size)
+    dense, _ = dense_layers(*described(args), model.size)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return {
+        "weights": sum(n for name, (n, _) in layers.items() if name != HEADS),
+        "macs": macs(layers),
+        "macs_percent": 100 * macs(layers) / macs(dense),
+        "checkpoint_bytes": size,
+        "packed_bytes": size,
+    }
+
+
 def layer_macs(args, size, densities):
     """{layer: (MACs that remain, MACs)}, both in percent of all the dense network's; see cost."""
     layers, _ = dense_layers(*described(args), size)

@@ -31,11 +31,14 @@ from torch import nn
 from models.base import LifelongNet
 from models.resnet import BasicBlock, PreActBlock, ResNet18, ResNet32
 
+# the last parts of the keys of tensors of int64; all others are floating-point ones
+INTEGERS = {"image_size", "live", "reads", "carry", "writes"}
+
 # ------------------------------------------------------------------------------ the network
 
 
 class ShrunkNet(LifelongNet):
-    """The network that shrink() makes, for inference: it has the balanced heads alone.
+    """The network that shrink_network() makes, for inference: it has the balanced heads alone.
 
     Its state dict is all there is to it: the shapes say which channels and blocks it has.
     """
@@ -285,7 +288,7 @@ class Trace(NamedTuple):
     shortcut: torch.Tensor  # None if it has none
 
 
-def shrink(model, size):
+def shrink_network(model, size):
     """The ShrunkNet with the same features and balanced logits as `model` in eval mode.
 
     model: a ResNet18 or ResNet32, masked or not; size: (height, width) of the images. The result
@@ -318,8 +321,9 @@ def shrink(model, size):
     heads = model.linear_main.state_dict()
     tensors |= {f"linear_main.{key}": value.to("cpu", copy=True) for key, value in heads.items()}
     dtype = model.linear_main[0].weight.dtype
+    # + 0: no -0, so that equal networks become equal files
     return ShrunkNet(
-        {key: v.to(dtype) if v.is_floating_point() else v for key, v in tensors.items()}
+        {key: v.to(dtype) + 0 if v.is_floating_point() else v for key, v in tensors.items()}
     )
 
 

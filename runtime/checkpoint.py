@@ -116,7 +116,13 @@ class StorageKeys(pickle._Unpickler):
 def read_state_dict(path):
     """The state dict of a checkpoint ({'state_dict': ...}, or raw) or of a packed file."""
     if packed.is_packed(path):
-        return packed.read(path)[1]
+        header, state = packed.read(path)
+        if packed.is_shrunk(header):
+            raise UserError(
+                f"{path}: is a shrunk network, which can only be evaluated; give the checkpoint or "
+                f"the packed ticket that it was"
+            )
+        return state
     return state_dict_of(load_checkpoint(path), path)
 
 

@@ -7,9 +7,11 @@ header               uint8: JSON in UTF-8, an object of the FIELDS
 <conv>.weight_orig   float32 [k] (float16 if the header says half): the k weights that remain, in
                      the order of the weight's elements
 <key>                each other tensor of the state dict, as it is. In a dense network that is all
-                     of them; its convolution weights too are float16 if the header says half
+                     of them; its convolution weights too are float16 if the header says half.
+                     A shrunk network (models/shrink.py) is all such tensors; the header has their
+                     shapes, which tell the channels of each layer
 
-What is outside the mask is not kept: it becomes 0. The shapes follow from the header, and so does
+What is outside the mask is not kept: it becomes 0. All shapes follow from the header, and so does
 the exact size of each array, which is checked before anything is unpacked.
 """
 
@@ -26,6 +28,7 @@ from torch import nn
 
 from models import BACKBONES
 from models.base import MASK, ORIG, dense_state
+from models.shrink import INTEGERS, ShrunkNet
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 
@@ -59,19 +62,26 @@ def list_of(check, *lengths):
     return check_list
 
 
+def shapes(value):
+    """Checks {key: shape}."""
+    return isinstance(value, dict) and all(
+        text(key) and list_of(integer(0, 2**20), *range(5))(shape) for key, shape in value.items()
+    )
+
+
 def unless_unknown(check):
     return lambda value: value is None or check(value)
 
 
 # What a header holds: {name: check}. null: unknown.
 FIELDS = {
-    "kind": lambda value: value in ("ticket", "dense"),
+    "kind": lambda value: value in ("ticket", "dense", "shrunk"),
     "arch": lambda value: isinstance(value, str) and value in BACKBONES,
     "width": integer(1, 4096),
     "classes_per_classifier": integer(1, 10_000),
     "classifiers": integer(1, 1000),
     "half": lambda value: isinstance(value, bool),
-    "density": number(0, 100),  # percent
+    "density": number(0, 100),  # percent; of a shrunk network: of the ticket that it was
     "dataset": unless_unknown(text),
     "class_order": unless_unknown(list_of(integer(0, 10**6))),  # ids
     "class_names": unless_unknown(list_of(text)),  # in this order
@@ -83,6 +93,12 @@ FIELDS = {
     "command": unless_unknown(text),  # that trained it
     "sha256": unless_unknown(lambda value: text(value) and len(value) == 64),  # of the checkpoint
 }
+OF_SHRUNK = {"shapes": shapes}  # of its tensors; the header of a shrunk network has this too
+
+
+def fields_of(header):
+    """FIELDS, and OF_SHRUNK where they belong."""
+    return FIELDS | OF_SHRUNK if is_shrunk(header) else FIELDS
 
 
 def complete(header):
@@ -100,9 +116,10 @@ def check_header(header):
         raise ValueError("its header names another format")
     if header.get("version") != VERSION:
         raise ValueError(f"it is of version {header.get('version')!r}, this code reads {VERSION}")
-    for key in sorted(({"format", "version"} | FIELDS.keys()) ^ header.keys()):
-        raise ValueError(f"its header {'lacks' if key in FIELDS else 'has an unknown'} {key!r}")
-    for key, check in FIELDS.items():
+    fields = fields_of(header)
+    for key in sorted(({"format", "version"} | fields.keys()) ^ header.keys()):
+        raise ValueError(f"its header {'lacks' if key in fields else 'has an unknown'} {key!r}")
+    for key, check in fields.items():
         if not check(header[key]):
             raise ValueError(f"{key} in its header cannot be {header[key]!r}")
     classes, state = header["classifiers"] * header["classes_per_classifier"], header["state"]
@@ -111,6 +128,8 @@ def check_header(header):
         raise ValueError(f"class_order in its header does not list {classes} classes")
     if names is not None and len(names) != classes:
         raise ValueError(f"class_names in its header does not list {classes} classes")
+    if is_shrunk(header) and header["half"]:
+        raise ValueError("half in its header is not possible for a shrunk network")
     if state is not None and state > header["classifiers"]:
         raise ValueError(f"state in its header is {state} of {header['classifiers']}")
     if header["accuracy"] is not None and len(header["accuracy"]) != state:
@@ -168,8 +187,22 @@ def is_ticket(header):
     return header["kind"] == "ticket"
 
 
+def is_shrunk(header):
+    """Whether the network is a ShrunkNet, which can only be evaluated."""
+    return header.get("kind") == "shrunk"
+
+
 def tensors_of(header):
-    """dense_tensors() of the network that a header describes."""
+    """As dense_tensors(), for the network that a header describes; of a ShrunkNet all tensors."""
+    if is_shrunk(header):
+        dtypes = {
+            key: torch.int64 if key.rpartition(".")[2] in INTEGERS else torch.float32
+            for key in header["shapes"]
+        }
+        return {
+            key: torch.empty(shape, dtype=dtypes[key], device="meta")
+            for key, shape in header["shapes"].items()
+        }, set()
     heads = header["classes_per_classifier"], header["classifiers"]
     return dense_tensors(header["arch"], header["width"], *heads)
 
@@ -294,7 +327,29 @@ def read(path):
     """
     with open_packed(path) as archive:
         header = take_header(archive)
-        return header, unpack(archive, header)
+        state = unpack(archive, header)
+        if is_shrunk(header):
+            shrunk_net(header, state)  # a check
+        return header, state
+
+
+def read_shrunk(path, bf16=False):
+    """The header and the ShrunkNet of a packed file; (None, None) for any other file."""
+    header = read_header(path)
+    if header is None or not is_shrunk(header):
+        return None, None
+    return header, shrunk_net(*read(path), bf16)
+
+
+def shrunk_net(header, state, bf16=False):
+    """The ShrunkNet of such a file. Raises ValueError if it does not fit together."""
+    model = ShrunkNet(state, bf16)
+    classes = [header["classes_per_classifier"]] * header["classifiers"]
+    if list(model.size) != header["image_size"] or classes != [
+        head.out_features for head in model.linear_main
+    ]:
+        raise ValueError("its network does not fit its header")
+    return model
 
 
 @contextlib.contextmanager
@@ -329,7 +384,7 @@ def take_header(archive):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not valid JSON: {first_line(error)}") from None
     check_header(header)
-    return {key: header[key] for key in FIELDS}
+    return {key: header[key] for key in fields_of(header)}
 
 
 def take(archive, key, kind, shape):
@@ -373,7 +428,8 @@ def unpack(archive, header):
                 raise ValueError(f"{name} holds values that are not finite")
             state[name] = torch.from_numpy(array)
         left += int(mask.sum()) if key in pruned else tensor.numel() * (key in convolutions)
-    density = 100.0 * left / sum(tensors[key].numel() for key in convolutions)
+    total = sum(tensors[key].numel() for key in convolutions)
+    density = 100.0 * left / total if total else header["density"]
     if abs(density - header["density"]) > 1e-9:
         raise ValueError(f"its density is {density} %, its header says {header['density']}")
     return state

@@ -12,7 +12,7 @@ import utils
 from models import BACKBONES
 from models.batchnorm import BatchNorm2d
 from models.cost import layers_of, macs, parameters
-from models.shrink import Block, ShrunkNet, shrink
+from models.shrink import Block, ShrunkNet, shrink_network
 
 ROOT = Path(__file__).parent.parent
 BU = json.loads((ROOT / "results/reduced/seed0/BU/results.json").read_text())
@@ -84,7 +84,7 @@ def test_a_shrunk_network_computes_the_same(arch, case, size):
     generator = utils.stream(0, arch, case, size)
     model = network(arch, 12, generator)
     pruning_utils.apply_mask(model, random_masks(model, density, empty, generator))
-    shrunk = shrink(model, size).eval()
+    shrunk = shrink_network(model, size).eval()
     x = torch.randn(3, 3, *size, generator=generator).double()
     assert difference(shrunk, model, x) < 1e-12
     again = ShrunkNet(shrunk.state_dict()).eval()
@@ -120,7 +120,7 @@ def test_counts_by_hand():
     model = network("resnet18", 2, utils.stream(0, "path"))
     path = {"layer2_0_shortcut_0": (1, 0), "layer3_0_shortcut_0": (2, 1)}
     only(model, conv1=(0, 1, 1, 1), **path, layer4_0_shortcut_0=(3, 2))
-    shrunk = shrink(model, (16, 16))
+    shrunk = shrink_network(model, (16, 16))
     conv1, heads = 3 * 3 * 3, 16 * 6  # the stem keeps its three input channels
     assert macs(layers_of(shrunk, (16, 16))) == conv1 * 256 + 64 + 16 + 4 + heads
     shortcuts = 3 * (1 + 1 + 1)  # weight, scale and shift
@@ -145,7 +145,7 @@ def test_a_constant_channel_at_the_border(beta, sent):
         norm.running_var.fill_(1 - norm.eps)
         norm.bias.data.fill_(beta)
     model.layer1[0].conv2.weight_orig.data.fill_(1)
-    shift = shrink(model, (9, 11)).layer2["0"].shift[0]
+    shift = shrink_network(model, (9, 11)).layer2["0"].shift[0]
     expected = torch.full((9, 11), 9 * sent)
     expected[[0, -1]] = 6 * sent
     expected[:, [0, -1]] = 6 * sent
@@ -159,21 +159,21 @@ def test_precision_and_what_is_refused():
     generator = utils.stream(0, "float32")
     model = network("resnet18", 8, generator).float()
     pruning_utils.apply_mask(model, random_masks(model, 0.2, (), generator))
-    shrunk = shrink(model, (16, 16)).eval()
+    shrunk = shrink_network(model, (16, 16)).eval()
     x = torch.randn(8, 3, 16, 16, generator=generator)
     assert difference(shrunk, model, x) < 1e-5
     assert difference(ShrunkNet(shrunk.state_dict(), bf16=True).eval(), model, x) < 0.1
     with pytest.raises(ValueError, match="takes images of"):
         shrunk(x[:, :, :9], 2, main_fc=True)
     with pytest.raises(ValueError, match="cannot be shrunk"):
-        shrink(shrunk, (16, 16))
+        shrink_network(shrunk, (16, 16))
 
 
 def test_damaged_states_are_refused():
     generator = utils.stream(0, "damage")
     model = network("resnet32", 6, generator)
     pruning_utils.apply_mask(model, random_masks(model, 0.2, (), generator))
-    state = shrink(model, (9, 9)).state_dict()
+    state = shrink_network(model, (9, 9)).state_dict()
     for key, value in state.items():
         damaged = {
             "missing": None,

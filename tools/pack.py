@@ -3,12 +3,17 @@
     python -m tools.pack TD_cifar10/task6_best_model.pt --out ticket.npz
     python -m tools.pack BU_cifar10/task4_best_model.pt --mask BU_cifar10/mask-5.pt --out ticket.npz
     python -m tools.pack ticket.npz --unpack --out checkpoint.pt
+    python -m tools.pack ticket.npz --shrink --out shrunk.npz
 
 A packed file holds a bit for each weight of a pruned convolution and the values of those that
 remain, compressed; all else as it is (docs/tickets.md). Weights outside the mask become 0, which
 changes no output; everything else comes back bit for bit. The file also tells the network, the data
 set with its class order, names and normalization, the accuracy, and the command of the run, as far
 as the run's folder records them.
+
+--shrink removes the channels that no weight leads to, or from, and makes a narrower dense network
+that computes the same (docs/export.md). It can only be evaluated: test.py, tools.classify and
+tools.export take it, main_train.py does not. A table shows what it saves.
 """
 
 import dataset  # isort: skip  (before torch: it settles the threads)
@@ -28,6 +33,8 @@ import pruning_utils
 from datasets.prepare import read_embedded, read_meta
 from models import build_model
 from models.base import dense_state
+from models.cost import HEADS, layers_of, macs, parameters
+from models.shrink import shrink_network
 from runtime import cli, packed
 from runtime.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
 from runtime.errors import UserError, first_line
@@ -50,6 +57,7 @@ def make_parser():
         help="convolution weights as float16: half the size, and no longer the same values",
     )
     flag("--unpack", action="store_true", help="write a checkpoint, with the header as 'packed'")
+    flag("--shrink", action="store_true", help="write a narrower dense network, see above")
     flag(
         "--compare",
         action="store_true",
@@ -75,6 +83,8 @@ def read_network(path, flags=None):
     flags = flags or Namespace(**dict.fromkeys((*DESCRIBING, "mask")))
     if packed.is_packed(path):
         header, state = packed.read(path)
+        if packed.is_shrunk(header):
+            return header, packed.shrunk_net(header, state)
     else:
         content = load_checkpoint(path)
         header, state = content.get("packed"), state_dict_of(content, path)
@@ -195,6 +205,39 @@ def describe_set(path, args, record):
     }
 
 
+# ------------------------------------------------------------------------------ shrinking
+
+
+def shrink(path, header, model):
+    """The header and the ShrunkNet of a narrower network that computes the same as `model`.
+
+    path: the file, for messages. Raises UserError.
+    """
+    if header["image_size"] is None:
+        raise UserError(
+            f"{path}: the image size is unknown; give the checkpoint in the folder of its run, or "
+            f"name the set with --dataset"
+        )
+    shrunk = shrink_network(model, tuple(header["image_size"]))
+    shapes = {key: list(value.shape) for key, value in shrunk.state_dict().items()}
+    return header | {"kind": "shrunk", "half": False, "shapes": shapes}, shrunk
+
+
+def savings(model, shrunk):
+    """What a ShrunkNet saves, as lines of text."""
+    columns = []
+    for each in (model, shrunk):
+        layers = layers_of(each, shrunk.size)
+        weights = sum(n for name, (n, _) in layers.items() if name != HEADS)
+        columns.append((len(layers) - 1, weights, parameters(each), macs(layers)))
+    names = "convolutions", "convolution weights", "parameters", "multiply-accumulates"
+    lines = [f"{'':<20}  {'before':>15}  {'shrunk':>15}"]
+    for name, before, after in zip(names, *columns):
+        share = f"{100 * after / before:6.1f} %"
+        lines.append(f"{name:<20}  {before:>15,}  {after:>15,}  {share}")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------ sizes
 
 
@@ -233,10 +276,17 @@ def main(argv=None):
         raise UserError(f"--out {args.out}: is CHECKPOINT itself, name another file")
     if args.unpack and not packed.is_packed(args.checkpoint):
         raise UserError(f"{args.checkpoint}: not a packed file, leave out --unpack")
-    if args.unpack and (args.half or args.mask):
-        raise UserError("--unpack: leave out --half and --mask")
+    if args.unpack and (args.half or args.mask or args.shrink):
+        raise UserError("--unpack: leave out --half, --mask and --shrink")
+    if args.shrink and args.half:
+        raise UserError("--shrink: leave out --half, a shrunk network is float32")
     header, model = read_network(args.checkpoint, args)
-    if args.unpack:
+    if packed.is_shrunk(header):
+        raise UserError(f"{args.checkpoint}: is shrunk already, give what it was shrunk from")
+    if args.shrink:
+        header, shrunk = shrink(args.checkpoint, header, model)
+        packed.write(args.out, header, shrunk.state_dict())
+    elif args.unpack:
         save_checkpoint(args.out, {"state_dict": model.state_dict(), "packed": header})
     else:
         header["half"] |= args.half
@@ -244,6 +294,8 @@ def main(argv=None):
     unknown = [key for key in header if header[key] is None]
     print(f"{header['kind']}, {header['arch']}, width {header['width']}: {header['density']:.2f} %")
     print(f"unknown: {', '.join(unknown) or 'nothing'}")
+    if args.shrink:
+        print(savings(model, shrunk))
     print(sizes(args, model))
     return header
 
