@@ -18,6 +18,7 @@ tools.export take it, main_train.py does not. A table shows what it saves.
 
 import dataset  # isort: skip  (before torch: it settles the threads)
 
+import contextlib
 import json
 import lzma
 import os
@@ -63,13 +64,26 @@ def make_parser():
         action="store_true",
         help="also show what zip and xz make of CHECKPOINT (a minute or two at width 64)",
     )
+    flag = add_describing_flags(parser)
+    message = "the last task that it has learned (default: that in the file's name)"
+    flag("--state", type=cli.int_range(1), metavar="t", help=message)
+    return parser
+
+
+def add_describing_flags(parser):
+    """The flags that name a checkpoint's set. Returns the add_argument of their group."""
     flag = parser.add_argument_group("where no run's folder tells").add_argument
     flag("--dataset", metavar="NAME", help=f"{', '.join(dataset.DATASETS)}")
     flag("--data", type=cli.path, metavar="DIR", help="the prepared set (default data/<dataset>)")
     flag("--class_order", type=cli.nonempty, metavar="ORDER", help="as in the other scripts")
-    message = "the last task that it has learned (default: that in the file's name)"
-    flag("--state", type=cli.int_range(1), metavar="t", help=message)
-    return parser
+    return flag
+
+
+def refuse_overwriting(args):
+    """Raise UserError if --out is CHECKPOINT itself."""
+    with contextlib.suppress(OSError):  # one of them does not exist
+        if os.path.samefile(args.out, args.checkpoint):
+            raise UserError(f"--out {args.out}: is CHECKPOINT itself, name another file")
 
 
 # ------------------------------------------------------------------------------ what is known
@@ -101,6 +115,16 @@ def read_network(path, flags=None):
     found = network | {"kind": "ticket" if pruned else "dense"}
     found["density"] = pruning_utils.density(pruning_utils.masks_of(model))
     return describe(path, header, found, flags), model
+
+
+def require(path, header, *keys):
+    """Raise UserError unless a header tells these fields; path: its file."""
+    for key in keys:
+        if header[key] is None:
+            raise UserError(
+                f"{path}: {key} is unknown; give the checkpoint in the folder of its run, or name "
+                f"its set with --dataset"
+            )
 
 
 def describe(path, header, found, flags):
@@ -213,12 +237,11 @@ def shrink(path, header, model):
 
     path: the file, for messages. Raises UserError.
     """
-    if header["image_size"] is None:
-        raise UserError(
-            f"{path}: the image size is unknown; give the checkpoint in the folder of its run, or "
-            f"name the set with --dataset"
-        )
-    shrunk = shrink_network(model, tuple(header["image_size"]))
+    require(path, header, "image_size")
+    try:
+        shrunk = shrink_network(model, tuple(header["image_size"]))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}, leave out --shrink") from None
     shapes = {key: list(value.shape) for key, value in shrunk.state_dict().items()}
     return header | {"kind": "shrunk", "half": False, "shapes": shapes}, shrunk
 
@@ -272,8 +295,7 @@ def sizes(args, model):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    if os.path.exists(args.out) and os.path.samefile(args.out, args.checkpoint):
-        raise UserError(f"--out {args.out}: is CHECKPOINT itself, name another file")
+    refuse_overwriting(args)
     if args.unpack and not packed.is_packed(args.checkpoint):
         raise UserError(f"{args.checkpoint}: not a packed file, leave out --unpack")
     if args.unpack and (args.half or args.mask or args.shrink):
