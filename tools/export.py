@@ -165,15 +165,17 @@ def quiet():
 # ------------------------------------------------------------------------------ comparison
 
 
-def pick_images(args, header, state):
-    """About COMPARED images, uint8 [n,H,W,3], and what they are, as text. Raises UserError."""
+def pick_images(args, header, state, count=COMPARED):
+    """About `count` images, uint8 [n,H,W,3], and what they are, as text. Raises UserError.
+
+    args: Namespace of checkpoint and data.
+    """
     name, order, size = header["dataset"], header["class_order"], tuple(header["image_size"])
     spec = dataset.DATASETS.get(name)
     folder = spec and (spec.embedded or dataset.set_folder(Namespace(dataset=name, data=args.data)))
-    if args.data and not spec:
-        raise UserError(
-            f"--data {args.data}: the set of {args.checkpoint} is unknown, leave it out"
-        )
+    if args.data and (not spec or spec.embedded):
+        reason = f"{name} is part of this repository" if spec else "the name of its set is unknown"
+        raise UserError(f"--data {args.data}: {reason}, leave the flag out")
     if spec and order and (spec.embedded or args.data or holds_set(name, folder)):
         arrays, _, _ = read_set(name, folder, pool=False, parts=("test",))
         order = order[: state * header["classes_per_classifier"]]
@@ -184,7 +186,7 @@ def pick_images(args, header, state):
                 f"{list(size)}; name its own set"
             )
         images = torch.from_numpy(np.concatenate([arrays["test"][c] for c in order]))
-        return images[:: max(1, len(images) // COMPARED)], f"test images of {folder}"
+        return images[:: max(1, len(images) // count)], f"test images of {folder}"
     shape = COMPARED, *size, 3
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=utils.stream(0, "images"))
     return images, f"random images (no prepared {name or 'data'} set here, name it with --data)"
