@@ -344,10 +344,10 @@ def read_shrunk(path, bf16=False):
 def shrunk_net(header, state, bf16=False):
     """The ShrunkNet of such a file. Raises ValueError if it does not fit together."""
     model = ShrunkNet(state, bf16)
-    classes = [header["classes_per_classifier"]] * header["classifiers"]
-    if list(model.size) != header["image_size"] or classes != [
-        head.out_features for head in model.linear_main
-    ]:
+    of_header = header | {"kind": "dense"}  # the network that it was
+    heads = {k: v.shape for k, v in tensors_of(of_header)[0].items() if k.startswith("linear_main")}
+    found = {key: value.shape for key, value in state.items() if key.startswith("linear_main")}
+    if list(model.size) != header["image_size"] or found != heads:
         raise ValueError("its network does not fit its header")
     return model
 

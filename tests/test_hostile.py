@@ -32,6 +32,7 @@ from torch import nn
 import pruning_utils
 from models import ResNet18
 from runtime import packed
+from tools import pack
 
 PETA = 10**15  # more bytes than any machine has memory
 
@@ -70,6 +71,7 @@ INPUTS = {
     "ticket_unpacked": Input("-m tools.pack ticket.npz --unpack --out out/new.pt", "ticket.npz"),
     "ticket_packed": Input("-m tools.pack ticket.npz --half --out out/new.npz", "ticket.npz"),
     "ticket_classifies": Input("-m tools.classify --pretrained ticket.npz a.png", "ticket.npz"),
+    "shrunk": Input("test.py --pretrained shrunk.npz --device cpu", "shrunk.npz"),
     "checkpoint_packed": Input("-m tools.pack weight.pt --out out/new.npz", "weight.pt"),
     "picture": Input("-m tools.classify --pretrained ticket.npz a.png", "a.png"),
 }
@@ -124,6 +126,8 @@ def intact(tmp_path_factory):
     header = TICKET | packed.describe_network(model.state_dict())
     header["density"] = pruning_utils.density(masks)
     packed.write(folder / "ticket.npz", header, model.state_dict())
+    header, shrunk = pack.shrink("", header, model)
+    packed.write(folder / "shrunk.npz", header, shrunk.state_dict())
     Image.fromarray(images(1)[0]).save(folder / "a.png")
     np.save(folder / "soft/task1_img.npy", np.zeros((5, 3, 32, 32), np.float32))
     for name in ("dis_label", "dis_label_main"):
@@ -858,6 +862,52 @@ PACKED = {
     "checksum_short": field(sha256="00"),
 }
 
+
+def shape(**changed):
+    """The intact shrunk file with other shapes in its header; the arrays stay."""
+
+    def change(content):
+        shapes = content["shapes"] | {key.replace("_", "."): each for key, each in changed.items()}
+        return content | {"shapes": {k: each for k, each in shapes.items() if each is not None}}
+
+    return header(change)
+
+
+def channels(name, change):
+    """The intact shrunk file with channel numbers changed."""
+
+    def change_record(data):
+        array = change(np.frombuffer(data, "<i8", offset=128).copy())
+        return packed.npy_start(array.dtype, array.shape) + array.tobytes()
+
+    return record(f"{name}.npy", change_record)
+
+
+SHRUNK = {
+    "cut": lambda case: case.intact[: len(case.intact) // 2],
+    "ticket": field(kind="ticket"),
+    "dense": field(kind="dense"),
+    "half": field(half=True),
+    "no_shapes": header(lambda content: {k: v for k, v in content.items() if k != "shapes"}),
+    "empty_shapes": field(shapes={}),
+    "list_of_shapes": field(shapes=[[1, 2]]),
+    "another_size": field(image_size=[16, 16]),
+    "another_width": field(width=8),
+    "fewer_heads": field(classifiers=1, class_order=[4, 2], class_names=["4", "2"], state=None),
+    "negative_shape": shape(constant=[-1]),
+    "float_shape": shape(constant=[32.0]),
+    "shape_of_a_terabyte": shape(constant=[2**20, 2**20]),
+    "shape_of_two_gigabytes": shape(constant=[2**20, 2**9]),
+    "one_tensor_less": shape(constant=None),
+    "one_tensor_more": shape(more=[1]),
+    "name_of_escapes": shape(**{"\x1b[2J\n": [1]}),
+    "beyond_the_stream": channels("layer2.1.reads", put_at(-1, 10**9)),
+    "below_zero": channels("layer2.1.reads", put_at(0, -1)),
+    "twice": channels("layer2.1.writes", put_at(0, 1)),
+    "carried_from_nowhere": channels("layer2.1.carry", put_at(0, 2**62)),
+    "image_of_0": channels("image_size", put_at(0, 0)),
+}
+
 PICTURES = {
     **{kind: make for kind, make in DAMAGED.items() if kind != "cut_last_byte"},  # Pillow reads it
     **hostile(as_pickle, FEW),
@@ -1041,6 +1091,7 @@ SOFT = ("img", "dis_label", "dis_label_main")
 KINDS = {name: TABLES.get(Path(INPUTS[name].path).suffix) for name in INPUTS}
 KINDS |= dict.fromkeys(SOFT, ARRAYS | NOT_FINITE) | {"meta": METAS, "results": RESULTS}
 KINDS |= {name: PACKED for name in INPUTS if name.startswith("ticket")} | {"picture": PICTURES}
+KINDS["shrunk"] = SHRUNK
 KINDS["ticket"] = PACKED | {"unknown_dataset": field(dataset="mnist")}  # classify needs no set
 # Inputs that are read by the same code share the kinds among them: (first, step).
 SHARES = {"weight": (0, 2), "dis_label": (0, 3), "dis_label_main": (1, 3), "unlabeled": (2, 3)}
