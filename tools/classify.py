@@ -86,7 +86,7 @@ def main(argv=None):
     state = args.state or header["state"] or header["classifiers"]
     if state > header["classifiers"]:
         raise UserError(f"--state {state}: give a task from 1 to {header['classifiers']}")
-    ids = header["class_order"] or range(model.linear[0].out_features * header["classifiers"])
+    ids = header["class_order"] or range(model.linear_main[0].out_features * header["classifiers"])
     classes = header["class_names"] or [f"class {c}" for c in ids]
     classes = [one_line(name, 40) for name in classes[: state * header["classes_per_classifier"]]]
     paths = [Path(name) for name in args.images]
