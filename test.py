@@ -4,7 +4,7 @@
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
     python test.py --pretrained ticket.npz --pruned
 
-The last is a packed file (tools/pack.py), which tells the network, data set and class order itself.
+The last is a packed file (tools/pack.py), which tells the network, data set, class order and state.
 A shrunk one is dense: leave out --pruned.
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
 the model costs (models/cost.py).
@@ -48,7 +48,7 @@ def make_parser():
 
 
 def parse(argv):
-    args = packed.parse_args(make_parser(), argv, "pretrained", dataset.DATASETS)
+    args = packed.parse_args(make_parser(), argv, "pretrained", dataset.DATASETS, ("state",))
     dataset.resolve_tasks(args)
     cli.finalize_args(args)
     return args

@@ -147,11 +147,12 @@ def refuse_constant(name):
 NETWORK_FLAGS = ("dataset", "classifiers", "classes_per_classifier", "arch", "width")
 
 
-def parse_args(parser, argv, flag, datasets):
+def parse_args(parser, argv, flag, datasets, more=()):
     """parser.parse_args(argv), with a packed file's data set and network as the defaults.
 
-    flag: the name of the flag that names the file; datasets: the names of those there are. Raises
-    UserError if a flag that was given contradicts the file.
+    flag: the name of the flag that names the file; datasets: the names of those there are; more:
+    fields that are defaults too, and that a flag may change. Raises UserError if any other flag
+    that was given contradicts the file.
     """
     args = parser.parse_args(argv)
     path = vars(args)[flag]
@@ -161,7 +162,7 @@ def parse_args(parser, argv, flag, datasets):
     known = {key: header[key] for key in NETWORK_FLAGS if header[key] is not None}
     if known.get("dataset") not in (None, *datasets):
         raise UserError(f"--{flag} {path}: is of the data set {known['dataset']}, unknown here")
-    parser.set_defaults(**known)
+    parser.set_defaults(**known, **{key: header[key] for key in more})
     args = parser.parse_args(argv)
     for key, value in known.items():
         if (given := vars(args)[key]) != value:
