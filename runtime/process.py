@@ -10,19 +10,27 @@ from pathlib import Path
 from runtime.errors import UserError, first_line, one_line
 from runtime.threads import start_yielding
 
+# After these a run saves its progress and ends with status 128 + signal. Slurm and other schedulers
+# send SIGUSR1 or SIGUSR2, where asked to, before a time limit.
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # Windows has two
+]
+
 
 def run_script(main):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2.
 
-    SIGINT and SIGTERM end it with status 130 and 143, after the current training step is saved.
+    The signals STOPPING end it with status 128 + signal (143 after SIGTERM), after the current
+    training step is saved.
     """
     global _pending
     _pending = None
     _arrived.clear()
     keep_freed_memory()
     start_yielding()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {signum: signal.signal(signum, on_signal) for signum in signals}
+    previous = {signum: signal.signal(signum, on_signal) for signum in STOPPING}
     try:
         return main()
     except UserError as error:
@@ -61,7 +69,7 @@ def out_of_memory(error):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived. position: text on how far the run is saved."""
+    """One of STOPPING arrived. position: text on how far the run is saved."""
 
     def __init__(self, signum, position=""):
         super().__init__()
@@ -70,22 +78,25 @@ class Interrupted(KeyboardInterrupt):
 
 _held = False  # whether signals wait for check_signals()
 _pending = None  # the signal that waits
-_arrived = set()  # those that have waited
+_arrived = set()  # all of this run
 
 
 def on_signal(signum, frame):
     """Raise Interrupted, or keep the signal for check_signals() while signals are held.
 
-    The same signal again ends the process at once, also while it saves its progress. A different
-    one does not: Ctrl-C in a terminal may be followed by the SIGTERM of a parent process.
+    The first signal counts. A second Ctrl-C ends the process at once, also while it saves its
+    progress. Others do not: a scheduler sends SIGTERM to all processes of a job, and those that
+    have children pass it on.
     """
     global _pending
-    if not _held:
-        raise Interrupted(signum)
-    if signum in _arrived:
+    if signum == signal.SIGINT and signum in _arrived:
         os._exit(128 + signum)
+    first = not _arrived
     _arrived.add(signum)
-    _pending = signum
+    if first and not _held:
+        raise Interrupted(signum)
+    if first:
+        _pending = signum
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def test_a_finished_run_is_left_as_it_is(scripts, finished):
 # ------------------------------------------------------------------------------ stopped
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_the_progress_and_ends_the_run(scripts, reference, tmp_path, signum):
     pid = scripts.start(TD, tmp_path)
     wait_until(lambda: (tmp_path / "run" / "task1_ticket.pt").exists())
@@ -219,8 +219,29 @@ def test_held_signals_wait_for_the_check():
 
     reached = []
     before = signal.getsignal(signal.SIGTERM)
-    assert process.run_script(main) == signal.SIGINT and reached == ["the check"]
+    assert process.run_script(main) == signal.SIGTERM and reached == ["the check"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("signum", process.STOPPING)
+def test_the_first_signal_counts(signum, capsys):
+    """A scheduler sends it to all processes of a job, and a parent passes it on."""
+
+    def main():
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(1)
+        finally:
+            for other in {*process.STOPPING} - {signal.SIGINT}:
+                os.kill(os.getpid(), other)
+            time.sleep(0.01)
+            print("cleaned up")
+
+    with pytest.raises(SystemExit) as end:
+        process.run_script(main)
+    out, err = capsys.readouterr()
+    assert end.value.code == 128 + signum and out == "cleaned up\n"
+    assert f"stopped by {signum.name}; give" in err
 
 
 WAITS = """
@@ -249,13 +270,13 @@ SAVES = """
 
 
 @pytest.mark.parametrize("code", ["wait('started')", SAVES.strip()], ids=["a batch", "saving"])
-def test_a_second_signal_of_a_kind_ends_the_process_at_once(tmp_path, code):
-    """Something hangs. A signal of the other kind waits as well."""
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path, code):
+    """Something hangs. Other signals do not end it, however often they come."""
     command = [sys.executable, "-c", WAITS.format(code)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as child:
         wait_until(lambda: (tmp_path / "started").exists())
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             child.send_signal(signum)
             if "saving" in code:
                 wait_until(lambda: (tmp_path / "saving").exists())
