@@ -1,7 +1,8 @@
 # make demo         the whole method on the embedded digits, in a few minutes on a CPU
 # make test         lint and all tests
 # make reproduce    the runs behind docs/evidence.md: CIFAR-10, three seeds, about two hours on two
-#                   cores (FULL=1: the published protocol, for a GPU; FLAGS=...: more flags)
+#                   cores (SIZE=medium: all images, days; SIZE=full: the published protocol, for a
+#                   GPU; FLAGS=...: more flags, such as --status)
 # make gpu          on a CUDA device, in half an hour (MINUTES=30): tests, benchmark, profile, and as
 #                   much of the published protocol as the time allows; again: resumes it
 # make soak         kill runs at random moments, 120 times, and compare with undisturbed ones
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 30
+SIZE ?= $(if $(filter 1,$(FULL)),full,small)
 RUN = $(VENV)/bin/python
 
 # What makes the demo small: the digits, a narrow network, few epochs, small batches, hence a
@@ -32,7 +34,7 @@ demo: $(VENV)/installed
 	@echo; $(RUN) -m tools.report demo/TD demo/BU --out demo
 
 reproduce: $(VENV)/installed
-	$(RUN) -m tools.reproduce $(if $(filter 1,$(FULL)),--full) $(FLAGS)
+	$(RUN) -m tools.reproduce --size $(SIZE) $(FLAGS)
 
 gpu: $(VENV)/installed-dev
 	$(RUN) -m tools.gpu --minutes $(MINUTES) $(FLAGS)

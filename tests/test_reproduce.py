@@ -1,5 +1,6 @@
 """The runs of tools/reproduce.py: their command lines, resuming, failures. No training here."""
 
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import main_TD
 import main_train
 from runtime.cli import CONTROLS
 from runtime.errors import UserError
+from runtime.process import Interrupted
 from tools import report, reproduce
 
 PARSE = {
@@ -21,39 +23,89 @@ PARSE = {
 }
 
 
-@pytest.mark.parametrize("flags", [[], ["--full"]])
-def test_the_scripts_accept_the_planned_commands(flags):
-    chains = reproduce.plan(reproduce.parse(flags))
-    jobs = [job for chain in chains for job in chain]
-    runs = [PARSE[job.command[0]](job.command[1:]) for job in jobs]
-    assert len({job.name for job in jobs}) == len({job.journal for job in jobs}) == 3 * 19
-    assert {args.batch_size for args in runs} == {256}
-    assert {args.epochs for args in runs} == {100 if flags else 7}
-    assert {args.seed for args in runs} == {0, 1, 2}
-    found = {(args.state, args.control) for args in runs if "control" in args}
+# --size: epochs, batch size, learning rate, and the runs of a seed
+SIZES = {
+    "small": (7, 256, 0.05, 19),
+    "medium": (10, 256, 0.05, 21),
+    "full": (100, 256, 0.01, 21),
+    "rehearsal": (1, 64, 0.05, 21),
+}
+
+
+def plan_of(*flags):
+    """The plan with these flags, and the parsed flags of each run."""
+    jobs = reproduce.plan(reproduce.parse([*flags]))
+    return jobs, [PARSE[job.command[0]](job.command[1:]) for job in jobs]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_scripts_accept_the_planned_commands(size):
+    jobs, runs = plan_of("--size", size)
+    epochs, batch_size, lr, number = SIZES[size]
+    assert len({job.name for job in jobs}) == len({job.journal for job in jobs}) == 3 * number
+    assert {(run.epochs, run.batch_size, run.lr) for run in runs} == {(epochs, batch_size, lr)}
+    assert {run.seed for run in runs} == {0, 1, 2}
+    found = {(run.state, run.control) for run in runs if "control" in run}
     assert found == {(t, control) for t in (3, 5) for control in CONTROLS}
+    seen = set()
+    for job, run in zip(jobs, runs):
+        assert seen.issuperset(job.needs)  # which come before
+        assert job.journal.parent == reproduce.Path(run.save_dir)
+        if job.command[0] == "main_train.py":  # from the weights of the task before
+            assert [*job.needs] == ["/".join(job.journal.parent.parts[-2:])]
+            assert run.weight == f"{run.save_dir}/task{run.state - 1}_best_model.pt"
+            assert run.mask == f"{run.save_dir}/mask-{run.state}.pt"
+        seen.add(job.name)
 
 
-def test_a_ticket_is_retrained_in_the_folder_of_the_run_that_found_it():
-    """After that run, from the weights of the task before."""
-    for chain in reproduce.plan(reproduce.parse([])):
-        earlier = set()
-        for job in chain:
-            args = PARSE[job.command[0]](job.command[1:])
-            if job.command[0] == "main_train.py":
-                assert args.save_dir in earlier
-                assert args.weight == f"{args.save_dir}/task{args.state - 1}_best_model.pt"
-                assert args.mask == f"{args.save_dir}/mask-{args.state}.pt"
-            assert job.journal.parent == reproduce.Path(args.save_dir)
-            earlier.add(args.save_dir)
+def test_the_medium_plan_is_in_order_of_worth():
+    jobs, runs = plan_of("--size", "medium")
+    names = [job.name.removeprefix("seed0/") for job in jobs[:18]]
+    assert names[:6] == ["TD", "CIL", "BU", "BU_retrain_task3", "BU_retrain_task5", "TD_random"]
+    assert all("BU_retrain" in name for name in names[6:16])
+    assert names[16:] == ["CIL_no_teaching", "CIL_joint"]
+    assert [run.seed for run in runs] == [*([0] * 18), *([1] * 18), *([2] * 18)] + [
+        seed for seed in (0, 1, 2) for _ in range(3)
+    ]
+    assert runs[5].criterion == "random" and runs[2].select_on == "val"
+    for run in runs:
+        assert getattr(run, "iter_epochs", 2) == 2  # of task 1: 2 x 36 steps between prunings
+
+
+def test_full_is_an_old_name_of_a_size():
+    assert vars(reproduce.parse(["--full"])) == vars(reproduce.parse(["--size", "full"]))
 
 
 def test_paths_may_contain_spaces():
-    args = reproduce.parse(["--out", "my runs", "--data", "my set"])
-    for chain in reproduce.plan(args):
-        for _, command, _ in chain:
-            assert command[command.index("--data") + 1] == "my set"
-            assert command[command.index("--save_dir") + 1].startswith("my runs/seed")
+    for job in plan_of("--out", "my runs", "--data", "my set")[0]:
+        assert job.command[job.command.index("--data") + 1] == "my set"
+        assert job.command[job.command.index("--save_dir") + 1].startswith("my runs/seed")
+
+
+def test_a_chain_is_a_run_and_those_that_need_it():
+    jobs = plan_of("--seeds", "0")[0]
+    names = [[job.name.removeprefix("seed0/") for job in chain] for chain in reproduce.chains(jobs)]
+    assert [len(chain) for chain in names] == [1, 1, 13, 1, 3]
+    assert [chain[0] for chain in names] == ["TD", "CIL", "BU", "CIL_no_teaching", "BU_on_test"]
+    assert names[4] == ["BU_on_test", *(f"BU_on_test_retrain_task{t}" for t in (3, 5))]
+
+
+def test_the_list_is_a_shell_script(tmp_path, monkeypatch, capfd):
+    """Also for a folder whose name a shell would read otherwise."""
+    folder = tmp_path / "it's $HOME\t#1"
+    folder.mkdir()
+    jobs = chain_of(folder, FINISHES, FINISHES)
+    jobs[1] = jobs[1]._replace(needs=(jobs[0].name,))
+    monkeypatch.setattr(reproduce, "plan", lambda args: jobs)
+    reproduce.main(["--list"])
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("\t")[:3] for line in lines] == [
+        ["0", "seed0/0", "-"],
+        ["0", "seed0/1", "seed0/0"],
+    ]
+    script = "".join(line.split("\t", 3)[3] + "\n" for line in lines)
+    subprocess.run(["sh", "-e"], input=script, text=True, check=True)
+    assert (folder / "ran").read_text() == "01" and all(map(reproduce.finished, jobs))
 
 
 # ------------------------------------------------------------------------------ running
@@ -71,34 +123,52 @@ print(f"state {path.stem}: good")
 
 
 def chain_of(tmp_path, *programs):
-    """Jobs 0, 1, ... that run these Python programs."""
+    """Jobs 0, 1, ... that run these Python programs, each of which needs the one before."""
     (tmp_path / "logs").mkdir(exist_ok=True)
     jobs = []
     for number, code in enumerate(programs):
         path = tmp_path / f"{number}.py"
         path.write_text(code)
         command = [str(path), "--save_dir", str(tmp_path)]
-        jobs.append(reproduce.Job(f"seed0/{number}", command, path.with_suffix(".json")))
+        needs = (f"seed0/{number - 1}",) if number else ()
+        jobs.append(reproduce.Job(f"seed0/{number}", command, path.with_suffix(".json"), needs))
     return jobs
 
 
 @pytest.fixture
-def run_chain(tmp_path):
-    args, stop = SimpleNamespace(out=tmp_path, jobs=2), SimpleNamespace(is_set=lambda: False)
-    return lambda chain: reproduce.run_chain(chain, args, stop, set())
+def run(tmp_path):
+    return lambda jobs: reproduce.run_all(jobs, SimpleNamespace(out=tmp_path, jobs=2))
 
 
-def test_a_chain_resumes_at_its_first_unfinished_run(tmp_path, run_chain, capsys):
+def test_the_runner_resumes_at_the_first_unfinished_run(tmp_path, run, capsys):
     failing = chain_of(tmp_path, FINISHES, "import sys; sys.exit('--lr 9: too high')")
     with pytest.raises(UserError, match="seed0_1.txt: ends with status 1: --lr 9: too high"):
-        run_chain(failing)
+        run(failing)
     assert "seed0/0: 0 s, state 0: good" in capsys.readouterr().out
     chain = chain_of(tmp_path, FINISHES, FINISHES)
     for ran in ("01", "01"):  # the second time, there is nothing to do
-        run_chain(chain)
+        run(chain)
         assert (tmp_path / "ran").read_text() == ran
-    run_chain([job._replace(command=[*job.command, "--other"]) for job in chain])
+    run([job._replace(command=[*job.command, "--other"]) for job in chain])
     assert (tmp_path / "ran").read_text() == "0101"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_a_signal_stopped_stops_the_runner(tmp_path, run, signum):
+    """It is no failure: a scheduler that sends the signal to all processes may start it again."""
+    (job,) = chain_of(tmp_path, f"import sys; sys.exit({128 + signum})")
+    with pytest.raises(Interrupted) as stopped:
+        run([job])
+    assert stopped.value.signum == signum and stopped.value.position == ", seed0/0 is saved"
+
+
+def test_a_run_starts_when_what_it_needs_has_finished(tmp_path, run):
+    """Even if it is the first of the list; others start meanwhile."""
+    first = "import time; time.sleep(0.5)\n" + FINISHES
+    jobs = chain_of(tmp_path, FINISHES, first, FINISHES)
+    needs = ("seed0/1",), (), ()
+    run([job._replace(needs=names) for job, names in zip(jobs, needs)])
+    assert (tmp_path / "ran").read_text() == "210"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +196,7 @@ def test_a_failed_run_stops_the_others(tmp_path, monkeypatch):
     failing = start + wait + "raise SystemExit('no')"
     long = start + "time.sleep(20)\npathlib.Path(__file__ + '.ended').touch()"
     failing, long = chain_of(tmp_path, failing, long)
-    monkeypatch.setattr(reproduce, "plan", lambda args: [[failing], [long, failing]])
+    monkeypatch.setattr(reproduce, "plan", lambda args: [failing, long._replace(needs=())])
     monkeypatch.setattr(reproduce, "prepare_data", lambda args: None)
     with pytest.raises(UserError, match="seed0_0.txt: ends with status 1: no"):
         reproduce.main(["--out", str(tmp_path), "--jobs", "2"])
@@ -162,8 +232,8 @@ RAW = ["--raw", "r", "--unlabeled", "a", "b"]
     ("flags", "expected"),
     [
         ([], ["--per_class", "600"]),
-        (["--full"], []),
-        (["--full", *RAW], RAW),
+        (["--size", "medium"], []),
+        (["--size", "full", *RAW], RAW),
     ],
 )
 def test_the_data_set_is_prepared(monkeypatch, flags, expected):
@@ -186,6 +256,13 @@ def test_a_data_set_that_cannot_be_prepared(monkeypatch):
         (["--out", "file"], "--out file"),
         (["--jobs", "0"], "--jobs"),
         (["--flags", "'"], "--flags: found .* close the quotation"),
+        (["--size", "huge"], "--size: invalid choice: 'huge'"),
+        (["--size", "rehearsal", "--data", "d"], "--data: a rehearsal"),
+        (["--list", "--chain", "0"], "--chain: not allowed with"),
+        (["--list", "--out", "a\nb"], "--list: found a line break in a name"),
+        (["--chain", "15"], "--chain 15: these flags make 15 chains, give 0 to 14"),
+        (["--chain", "0"], "--data reproduce/data: holds no prepared data set; run .* --prepare"),
+        (["--status"], "--out reproduce: no such folder"),
     ],
 )
 def test_bad_input_gives_one_line(tmp_path, monkeypatch, flags, message):

@@ -6,7 +6,7 @@
 First the tests that are marked for a device, the benchmark, and the profile of a training step.
 Then the published protocol on CIFAR-10, seed after seed: the top-down tickets, the dense network,
 the bottom-up tickets chosen on validation images, these retrained with their controls, and the rest
-of tools/reproduce.py --full. Last, a report on all runs (tools/report.py).
+of tools/reproduce.py --size full. Last, a report on all runs (tools/report.py).
 
 Each part runs in a process of its own, with a log in DIR/logs. A part that fails does not stop the
 others. When the time is up, the current one is stopped and saves its progress. DIR/gpu.json says
@@ -43,23 +43,19 @@ from tools import reproduce
 # Kept at the end, in seconds: for a part to save its progress, and for the report. Of a short time,
 # a third.
 STOPPING, REPORTING = 20, 25
-# What the parts are given: pytest, bench.py, profile_step.py, and every run of the protocol
+# What the parts are given: pytest, bench.py and profile_step.py
 DEFAULTS = {
     "device": "cuda",
     "tests": "-m device",
     "benchmark": "--rows task1_step,kd_step,task1_epoch,kd_epoch,query,prune,validate",
     "profile": "",
-    "flags": "",
 }
 REHEARSAL = {
     "device": "cpu",
     "tests": "-m device tests/test_pruning.py",
     "benchmark": "--rows query_T5 --repeats 1 --width 2",
     "profile": "--ways eager,graph --repeats 1 --width 2",
-    "flags": "--dataset digits --width 2 --epochs 1 --batch_size 64",
 }
-# the runs of a seed (folders of tools/reproduce.py), each followed by its retrained tickets
-PRIORITY = ["TD", "CIL", "BU", "BU_on_test", "CIL_no_teaching"]
 
 
 class Part(NamedTuple):
@@ -82,16 +78,13 @@ def parse(argv):
         message = f"flags of the {name} (default '{DEFAULTS[name]}')"
         flag(f"--{name}", type=cli.flag_text, metavar="FLAGS", help=message)
     args = parser.parse_args(argv)
-    for name in ("data", "raw", "unlabeled"):
-        if args.rehearsal and getattr(args, name):
-            raise UserError(f"--{name}: a rehearsal takes the embedded digits, leave it out")
+    args.size = "rehearsal" if args.rehearsal else "full"
     reproduce.fill_in(args, "gpu")
     given = REHEARSAL if args.rehearsal else DEFAULTS
     for name in ("device", "tests", "benchmark", "profile"):
         if getattr(args, name) is None:
             setattr(args, name, given[name])
-    args.flags = f"--device {args.device} {given['flags']} {args.flags}"
-    args.full, args.data = not args.rehearsal, None if args.rehearsal else args.data
+    args.flags = f"--device {args.device} {args.flags}"
     return args
 
 
@@ -121,14 +114,8 @@ def plan(args):
         parts.append(Part(name, reproduce.python(command)))
     if args.data:
         parts.append(Part("data", reproduce.python(reproduce.data_command(args))))
-    jobs = [job for chain in reproduce.plan(args) for job in chain]
-
-    def place(job):  # a chain stays in order, since sorting is stable
-        seed, folder = job.journal.parent.parts[-2:]
-        return args.seeds.index(int(seed.removeprefix("seed"))), PRIORITY.index(folder)
-
-    parts += [Part(j.name, reproduce.python(j.command), job=j) for j in sorted(jobs, key=place)]
-    return parts
+    jobs = reproduce.plan(args)
+    return parts + [Part(job.name, reproduce.python(job.command), job=job) for job in jobs]
 
 
 def rows_path(args, name):

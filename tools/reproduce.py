@@ -1,13 +1,22 @@
 """Run all experiments behind docs/evidence.md; the same command resumes them.
 
-    python -m tools.reproduce                the reduced protocol: CIFAR-10, a CPU, about two hours
-    python -m tools.reproduce --full         the published protocol, for a GPU
-    python -m tools.reproduce --seeds 0      one seed
+    python -m tools.reproduce                    CIFAR-10 made small: a CPU, about two hours
+    python -m tools.reproduce --size medium      all of CIFAR-10, a narrow network, few epochs
+    python -m tools.reproduce --size full        the published protocol, for a GPU
+    python -m tools.reproduce --seeds 0          one seed
+    python -m tools.reproduce --status           what is done, at work, failed, and the time left
 
-For each of three seeds: the dense network, the top-down and the bottom-up tickets, and the
-bottom-up tickets of tasks 3 and 5 retrained (task-rewound) with their controls; then tickets
-selected on test images, and the dense network without lottery teaching. Each run has a log in
-DIR/logs. At the end the records are copied to DIR/results and compared there (tools/report.py).
+For each of three seeds, in order of worth: the top-down tickets and the dense network; the
+bottom-up tickets, those of tasks 3 and 5 retrained (task-rewound), and their controls; the dense
+network without lottery teaching; last, bottom-up tickets selected on test images. Medium and full
+also prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs. At
+the end the records are copied to DIR/results and compared there (tools/report.py).
+
+Elsewhere than on this machine (docs/cluster.md), prepare the data and run the plan piece by piece:
+
+    python -m tools.reproduce --prepare          the data alone; shows the number of chains
+    python -m tools.reproduce --chain 0          a run that needs no other, and those that need it
+    python -m tools.reproduce --list             chain, name, needs and command of each run
 """
 
 import json
@@ -16,31 +25,85 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import dataset
+from datasets.prepare import ensure_prepared, holds_set
 from runtime import cli
 from runtime.epochs import epochs_path
 from runtime.errors import UserError, first_line
-from runtime.process import run_script
+from runtime.process import STOPPING, Interrupted, check_signals, hold_signals, run_script
 from runtime.threads import usable_cores
-from tools import report
+from tools import report, status
 
 ROOT = Path(__file__).parent.parent
+POLL_SECONDS = 0.2
 
-# What makes the reduced protocol small: 540 training images a class, a narrow network, 7 epochs.
-# Batches are as large as published: in smaller ones BatchNorm normalizes only a few new images
-# together, and the newest classes were hardly ever classified correctly (docs/evidence.md). In
-# bottom-up pruning, one pruning of 36 % replaces two of 20 %, and --base_sparsity keeps task 1's
-# ticket at or below 2.81 % = 0.8^16, as in the paper's Figure 4.
-DATA = "--per_class 600"
-TRAIN = "--device cpu --width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256"
-PRUNE = "--iter_epochs 1"
+
+class Size(NamedTuple):
+    about: str  # for --help
+    out: str  # default of --out
+    data: str | None  # flags of dataset.py; None: an embedded set, which needs no preparation
+    train: str  # flags of every run
+    prune: str  # of main_TD and main_BU
+    bottom_up: str  # of main_BU
+    more: bool  # also the control of TD and the upper bound
+    jobs: int | None  # default of --jobs; None: one a core
+
+
+# One pruning of 36 % replaces two of 20 %, and --base_sparsity keeps task 1's ticket at or below
+# 2.81 % = 0.8^16, as in the paper's Figure 4.
 BOTTOM_UP = "--percent 0.36 --max_iter_prun 13 --base_sparsity 97.5"
-# of both protocols
+SIZES = {
+    # 540 training images a class, a narrow network, 7 epochs. Batches are as large as published:
+    # in smaller ones BatchNorm normalizes only a few new images together, and the newest classes
+    # were hardly ever classified correctly (docs/evidence.md).
+    "small": Size(
+        about="CIFAR-10, 600 images a class, width 16, 7 epochs",
+        out="reproduce",
+        data="--per_class 600",
+        train="--device cpu --width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256",
+        prune="--iter_epochs 1",
+        bottom_up=BOTTOM_UP,
+        more=False,
+        jobs=None,
+    ),
+    # All images, so that 72 steps or more lie between two prunings; batch size, momentum and weight
+    # decay are the published ones.
+    "medium": Size(
+        about="all of CIFAR-10, width 16, 10 epochs",
+        out="reproduce_medium",
+        data="",
+        train="--arch resnet18 --width 16 --epochs 10 --decreasing_lr 6,8 --lr 0.05",
+        prune="--iter_epochs 2",
+        bottom_up=BOTTOM_UP,
+        more=True,
+        jobs=1,
+    ),
+    "full": Size(
+        about="the published protocol",
+        out="reproduce_full",
+        data="",
+        train="",
+        prune="",
+        bottom_up="",
+        more=True,
+        jobs=1,
+    ),
+    "rehearsal": Size(
+        about="the same runs on the embedded digits, to try a machine",
+        out="reproduce_rehearsal",
+        data=None,
+        train="--dataset digits --device cpu --width 2 --epochs 1 --lr 0.05 --batch_size 64",
+        prune="--iter_epochs 1",
+        bottom_up=BOTTOM_UP,
+        more=True,
+        jobs=None,
+    ),
+}
+# of all sizes
 SCHEDULE = "--prune_scheduler 1,1,3,4,5"  # of the paper's Figure 4: 4.40 % remain
 TICKETS = (3, 5)  # the tasks whose bottom-up tickets are retrained
 
@@ -49,6 +112,7 @@ class Job(NamedTuple):
     name: str  # of its log
     command: list  # the script and its arguments
     journal: Path  # the run.json that it writes
+    needs: tuple = ()  # names of the Jobs that must have finished before
 
 
 def add_protocol_flags(flag, out):
@@ -83,8 +147,12 @@ def add_protocol_flags(flag, out):
 
 def fill_in(args, out):
     """Check the flags of add_protocol_flags() and fill in the defaults; out: that of --out."""
+    embedded = SIZES[args.size].data is None
+    for name in ("data", "raw", "unlabeled"):
+        if embedded and getattr(args, name):
+            raise UserError(f"--{name}: a rehearsal takes the embedded digits, leave it out")
     args.out = Path(args.out or out)
-    args.data = args.data or str(args.out / "data")
+    args.data = None if embedded else args.data or str(args.out / "data")
     args.flags = args.flags or ""
     args.seeds = [*dict.fromkeys(args.seeds)]
     if not args.seeds:
@@ -94,77 +162,145 @@ def fill_in(args, out):
 def parse(argv):
     parser = cli.Parser(__doc__, "python -m tools.reproduce")
     flag = parser.add_argument
-    flag("--full", action="store_true", help="the published settings, on all of CIFAR-10")
-    add_protocol_flags(flag, "reproduce, or reproduce_full")
+    sizes = "; ".join(f"{name}: {size.about}" for name, size in SIZES.items())
+    flag("--size", choices=SIZES, default="small", help=f"{sizes} {cli.DEFAULT}")
+    message = "the same as --size full"
+    flag("--full", dest="size", action="store_const", const="full", help=message)
+    add_protocol_flags(flag, "reproduce, reproduce_medium and so on")
     flag(
         "--jobs",
         type=cli.int_range(1, 64),
         metavar="N",
-        help="parallel runs, which share the cores (default: one a core; 1 with --full)",
+        help="parallel runs, which share the cores (default: one a core; medium and full: 1)",
     )
+    flag = parser.add_argument_group("instead of running all").add_mutually_exclusive_group()
+    flag = flag.add_argument
+    flag("--prepare", action="store_true", help="prepare the data")
+    flag("--chain", type=cli.int_range(0), metavar="I", help="run chain I, once data are prepared")
+    message = "print a line for each run: chain, name, needs, command; separated by tabs"
+    flag("--list", action="store_true", help=message)
+    flag("--status", action="store_true", help="print how far each run is, and the time left")
+    flag("--report", action="store_true", help="copy and compare the records so far")
     args = parser.parse_args(argv)
-    fill_in(args, "reproduce_full" if args.full else "reproduce")
-    chains = 4 * len(args.seeds)  # see plan(): no more than these can run in parallel
-    args.jobs = args.jobs or (1 if args.full else min(usable_cores(), chains))
+    size = SIZES[args.size]
+    fill_in(args, size.out)
+    default = min(usable_cores(), 64) if size.jobs is None else size.jobs
+    args.jobs = 1 if args.chain is not None else args.jobs or default
     return args
 
 
+# ------------------------------------------------------------------------------ the plan
+
+
 def plan(args):
-    """Chains of Jobs: those of a chain run in order, the chains in any order.
+    """All Jobs in order of worth. A Job comes after those that it needs."""
+    size, out = SIZES[args.size], shlex.quote(str(args.out))
+    data = f"--data {shlex.quote(args.data)}" if args.data else ""
+    bottom_up = f"{size.prune} {size.bottom_up} --select_on"
 
-    args.data: None for an embedded set, which --flags name.
-    """
-    reduced = not args.full
-    data, out = args.data and f"--data {shlex.quote(args.data)}", shlex.quote(str(args.out))
-    common = f"{data or ''} {TRAIN * reduced}"
-
-    def job(script, seed, folder, flags="", step=""):
+    def job(script, seed, folder, flags="", step="", needs=()):
         folders = f"--seed {seed} --save_dir {out}/seed{seed}/{folder}"
-        flags = f"{common} {folders} {flags} {args.flags}"
+        flags = f"{data} {size.train} {folders} {flags} {args.flags}"
         name = f"seed{seed}/{folder}"
         journal = args.out / name / (f"{step}_run.json" if step else "run.json")
-        return Job(f"{name}_{step}" if step else name, shlex.split(f"{script}.py {flags}"), journal)
+        name += f"_{step}" * bool(step)
+        return Job(name, shlex.split(f"{script}.py {flags}"), journal, needs)
 
     def retrainings(seed, folder, controls):
-        """The tickets of a run of main_BU, retrained in its folder, and their controls."""
+        """The tickets of a run of main_BU, retrained in its folder, or controls of them."""
         path = f"{out}/seed{seed}/{folder}"
         for t in TICKETS:
             ticket = f"--weight {path}/task{t - 1}_best_model.pt --mask {path}/mask-{t}.pt"
             for control in controls:
                 flags = f"{ticket} --state {t} --control {control}"
                 step = f"retrain_task{t}" + f"_{control}" * (control != "none")
-                yield job("main_train", seed, folder, flags, step)
+                yield job("main_train", seed, folder, flags, step, (f"seed{seed}/{folder}",))
 
-    prune, select = PRUNE * reduced, f"{PRUNE} {BOTTOM_UP}" * reduced + " --select_on "
-    chains = []
+    jobs = []
     for seed in args.seeds:
-        bottom_up = job("main_BU", seed, "BU", select + "val")
-        chains.append([bottom_up, *retrainings(seed, "BU", cli.CONTROLS)])
-        top_down = job("main_TD", seed, "TD", f"{prune} {SCHEDULE}")
-        chains.append([job("main_CIL", seed, "CIL"), top_down])
+        top_down = f"{size.prune} {SCHEDULE}"
+        jobs += [job("main_TD", seed, "TD", top_down), job("main_CIL", seed, "CIL")]
+        jobs += [job("main_BU", seed, "BU", f"{bottom_up} val"), *retrainings(seed, "BU", ["none"])]
+        if size.more:
+            jobs += [job("main_TD", seed, "TD_random", f"{top_down} --criterion random")]
+        jobs += retrainings(seed, "BU", [name for name in cli.CONTROLS if name != "none"])
+        jobs += [job("main_CIL", seed, "CIL_no_teaching", "--no_teaching")]
+        if size.more:
+            jobs += [job("main_CIL", seed, "CIL_joint", "--joint")]
     for seed in args.seeds:
-        bottom_up = job("main_BU", seed, "BU_on_test", select + "test")
-        chains.append([bottom_up, *retrainings(seed, "BU_on_test", ["none"])])
-        chains.append([job("main_CIL", seed, "CIL_no_teaching", "--no_teaching")])
-    return chains
+        jobs += [job("main_BU", seed, "BU_on_test", f"{bottom_up} test")]
+        jobs += retrainings(seed, "BU_on_test", ["none"])
+    return jobs
+
+
+def chains(jobs):
+    """Jobs divided into lists: a Job that needs no other, then those that need it."""
+    first, found = {}, {}
+    for job in jobs:
+        first[job.name] = first[job.needs[0]] if job.needs else job.name
+        found.setdefault(first[job.name], []).append(job)
+    return [*found.values()]
+
+
+def chain_of(jobs, number):
+    """The Jobs of --chain. Raises UserError."""
+    found = chains(jobs)
+    if number >= len(found):
+        raise UserError(
+            f"--chain {number}: these flags make {len(found)} chains, give 0 to {len(found) - 1}"
+        )
+    return found[number]
+
+
+def listing(jobs):
+    """A line for each Job: the number of its chain, name, needs ('-': none) and command.
+
+    The fields are separated by tabs, the names of the needs by commas; a shell runs the command.
+    """
+    number = {job.name: i for i, chain in enumerate(chains(jobs)) for job in chain}
+    rows = []
+    for job in jobs:
+        command = shlex.join(python(job.command))
+        if "\n" in command:
+            raise UserError(f"--list: found a line break in a name ({command!r}), rename the file")
+        rows.append([str(number[job.name]), job.name, ",".join(job.needs) or "-", command])
+    return ["\t".join(row) for row in rows]
+
+
+def python(command):
+    """The command line of a top-level script, callable from any folder."""
+    return [sys.executable, str(ROOT / command[0]), *command[1:]]
+
+
+# ------------------------------------------------------------------------------ the data
 
 
 def data_command(args):
     """The command that prepares the protocol's data set, or checks the one that is there."""
-    command = ["dataset.py", "--data", args.data, *(DATA * (not args.full)).split()]
+    command = ["dataset.py", "--data", args.data, *SIZES[args.size].data.split()]
     command += ["--raw", args.raw] if args.raw else []
     return command + (["--unlabeled", *args.unlabeled] if args.unlabeled else [])
 
 
 def prepare_data(args):
     """Run data_command(). Raises UserError."""
-    if subprocess.call(python(data_command(args))):
+    if args.data and subprocess.call(python(data_command(args))):
         raise UserError(f"--data {args.data}: cannot be used, see above")
 
 
-def python(command):
-    """The command line of a top-level script, callable from any folder."""
-    return [sys.executable, str(ROOT / command[0]), *command[1:]]
+def check_data(args):
+    """Raise UserError unless the data set is prepared as data_command() would. Writes nothing."""
+    if args.data:
+        wanted = dataset.parse(data_command(args)[1:])
+        if not holds_set(wanted.dataset, Path(args.data)):
+            raise UserError(
+                f"--data {args.data}: holds no prepared data set; run python -m tools.reproduce "
+                f"--prepare with the same flags first"
+            )
+        ensure_prepared(wanted, Path(args.data), wanted.per_class, wanted.seed)
+
+
+# ------------------------------------------------------------------------------ running
 
 
 def finished(job):
@@ -187,47 +323,62 @@ def last_line(log, start=""):
     return last
 
 
-def run_chain(chain, args, stop, running):
-    """Run the unfinished Jobs of a chain in order. Raises UserError when one fails.
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    start: float
 
-    stop: a threading.Event that ends the chain before its next run. running: the set of processes.
-    """
+
+def start_job(job, args):
+    """Start a Job in the background, with its output in its log. Returns a Running."""
     threads = max(1, usable_cores() // args.jobs)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    for job in chain:
-        if stop.is_set() or finished(job):
-            continue
-        log = log_path(args, job.name)
-        start = time.monotonic()
-        print(f"{job.name}: started", flush=True)
-        with open(log, "a") as file:
-            process = subprocess.Popen(
-                python(job.command), stdout=file, stderr=file, env=environment
-            )
-            running.add(process)
-            if stop.is_set():  # set since the check above
-                process.terminate()
-            status = process.wait()
-            running.remove(process)
-        if status:
-            raise UserError(f"{log}: ends with status {status}: {last_line(log)}")
-        seconds = time.monotonic() - start
-        print(f"{job.name}: {seconds:.0f} s, {last_line(log, 'state')}", flush=True)
+    print(f"{job.name}: started", flush=True)
+    with open(log_path(args, job.name), "a") as file:
+        process = subprocess.Popen(python(job.command), stdout=file, stderr=file, env=environment)
+    return Running(job, process, time.monotonic())
 
 
-def run_all(chains, args):
-    """Run all chains, --jobs in parallel. When one fails or a signal arrives, stop the others."""
-    stop, running = threading.Event(), set()
-    with ThreadPoolExecutor(args.jobs) as pool:
+def end_job(running, args):
+    """Report a process that has ended. Raises UserError if it failed, Interrupted if stopped."""
+    job, process, start = running
+    log, code = log_path(args, job.name), process.returncode
+    signum = -code if code < 0 else code - 128
+    if signum in STOPPING:
+        raise Interrupted(signum, f", {job.name} is saved")
+    if code:
+        last = last_line(log)
+        status.note_failure(log, code)
+        raise UserError(f"{log}: ends with status {code}: {last}")
+    seconds = time.monotonic() - start
+    print(f"{job.name}: {seconds:.0f} s, {last_line(log, 'state')}", flush=True)
+
+
+def run_all(jobs, args):
+    """Run the unfinished Jobs, --jobs in parallel, each as soon as what it needs has finished.
+
+    When one fails or a signal arrives, stop the others. Raises UserError, Interrupted.
+    """
+    waiting = [job for job in jobs if not finished(job)]
+    running = []
+    with hold_signals():
         try:
-            futures = [pool.submit(run_chain, chain, args, stop, running) for chain in chains]
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            for process in list(running):
-                process.terminate()  # it saves its progress
-            raise
+            while waiting or running:
+                pending = {job.name for job in waiting} | {each.job.name for each in running}
+                ready = [job for job in waiting if not pending.intersection(job.needs)]
+                for job in ready[: args.jobs - len(running)]:
+                    running.append(start_job(job, args))
+                    waiting.remove(job)
+                time.sleep(POLL_SECONDS)
+                check_signals()
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    end_job(each, args)
+        finally:
+            for each in running:
+                each.process.terminate()  # it saves its progress
+            for each in running:
+                each.process.wait()
 
 
 def copy_records(args):
@@ -261,10 +412,26 @@ def make_folders(args):
 
 def main(argv=None):
     args = parse(argv)
-    make_folders(args)
-    prepare_data(args)
-    run_all(plan(args), args)
-    report.main(copy_records(args))
+    jobs = plan(args)
+    if args.list:
+        print(*listing(jobs), sep="\n")
+    elif args.status:
+        status.show(jobs, args.out, [log_path(args, job.name) for job in jobs])
+    elif args.report:
+        report.main(copy_records(args))
+    elif args.chain is not None:
+        chain = chain_of(jobs, args.chain)
+        check_data(args)
+        make_folders(args)
+        run_all(chain, args)
+    else:
+        make_folders(args)
+        prepare_data(args)
+        if args.prepare:
+            print(f"prepared; --chain takes 0 to {len(chains(jobs)) - 1}")
+        else:
+            run_all(jobs, args)
+            report.main(copy_records(args))
 
 
 if __name__ == "__main__":
