@@ -14,14 +14,13 @@ import platform
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 from statistics import mean
 
-import filelock
 import numpy as np
 import torch
 
+from runtime import locks
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.epochs import (
     open_tensorboard,
@@ -43,7 +42,6 @@ RESUME_IGNORED = {
     "tensorboard",
 }  # fmt: skip
 BOUNDS = "joint", "finetune"  # switches of main_CIL, whose runs bound the others
-LOCKS = {}  # {path: lock} that this process holds
 
 # ------------------------------------------------------------------------------ records
 
@@ -252,10 +250,16 @@ class Run(Record):
                 f"--save_dir {self.folder}: holds {results.name}, but no {journal.name} to resume "
                 f"from; name another folder, or give --overwrite"
             )
-        lock_folder(self.folder, "save_dir", self.prefix)
+        self.locks = {"save_dir": locks.lock_folder(self.folder, "save_dir", self.prefix)}
         # main_train, the script with a prefix, only reads from --save_data_path
         if not self.prefix and not self.args.no_teaching:
-            lock_folder(Path(self.args.save_data_path), "save_data_path")
+            folder = Path(self.args.save_data_path)
+            self.locks["save_data_path"] = locks.lock_folder(folder, "save_data_path")
+
+    def check_locks(self):
+        """Raise UserError if another process has taken the folders. Called before each write."""
+        for flag, path in self.locks.items():
+            locks.check(path, flag)
 
     def read_journal(self):
         """What run.json holds, or None where there is none."""
@@ -348,6 +352,7 @@ class Run(Record):
 
         The name is recorded before, for remove_all(), and the checksum for finish().
         """
+        self.check_locks()
         if name not in self.journal["wrote"]:
             self.journal["wrote"].append(name)
             self.write_journal()
@@ -445,6 +450,7 @@ class Run(Record):
 
     def record_epoch(self, step, row):
         """Add an epoch of a step to metrics.csv, in place of its rows from that epoch on."""
+        self.check_locks()
         row = {"step": step} | row
         rows = replace_epochs(self.epochs, row)
         repeated, self.epochs = len(rows) <= len(self.epochs), rows
@@ -471,38 +477,11 @@ class Run(Record):
         super().write()
 
     def write_journal(self):
+        self.check_locks()
         self.journal["seconds"] = time.monotonic() - self.start
         self.journal["data_folder"] = self.data_folder()
         journal = self.journal | {"checksum": json_checksum(self.journal)}
         save_text(self.journal_path(), json.dumps(journal, indent=1))
-
-
-def lock_folder(folder, flag, prefix=""):
-    """Raise UserError if another process works in a folder. A killed process holds no lock."""
-    path = folder / f".{prefix}lock"
-    if earlier := LOCKS.pop(str(path), None):  # of an earlier run in this process
-        earlier.release()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        reason = first_line(error)
-        raise UserError(
-            f"--{flag} {folder}: cannot be written ({reason}); name another folder"
-        ) from None
-    lock = filelock.FileLock(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file system on which another lock is used
-            lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"--{flag} {folder}: another process is working in it; wait for it, or name another "
-            f"folder"
-        ) from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        return
-    LOCKS[str(path)] = lock
 
 
 def as_typed(value):

@@ -59,7 +59,7 @@ def outcome(folder):
             found[path.name] = [line.rsplit("\t", 1)[0] for line in path.read_text().splitlines()]
         elif path.name.endswith("metrics.csv"):  # the last two columns are times
             found[path.name] = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
-        elif path.is_file() and not path.name.endswith("lock"):
+        elif path.is_file() and not path.name.endswith(("lock", "owner")):
             found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

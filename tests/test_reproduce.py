@@ -1,6 +1,10 @@
 """The runs of tools/reproduce.py: their command lines, resuming, failures. No training here."""
 
+import json
+import os
+import re
 import signal
+import socket
 import subprocess
 from types import SimpleNamespace
 
@@ -11,9 +15,10 @@ import main_CIL
 import main_TD
 import main_train
 from runtime.cli import CONTROLS
+from runtime.epochs import save_epochs
 from runtime.errors import UserError
 from runtime.process import Interrupted
-from tools import report, reproduce
+from tools import report, reproduce, status
 
 PARSE = {
     "main_TD.py": main_TD.parse,
@@ -272,3 +277,71 @@ def test_bad_input_gives_one_line(tmp_path, monkeypatch, flags, message):
         reproduce.main(flags)
     assert "\n" not in str(error.value)
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+# ------------------------------------------------------------------------------ --status
+
+
+def leave_run(out, name, prefix="", owner=None, log=None, **journal):
+    """What a run leaves behind: run.json, two epochs of task 1 in 60 s, owner and log."""
+    folder = out / "seed0" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{prefix}run.json").write_text(json.dumps({"seconds": 60.0, "steps": {}} | journal))
+    rows = [{"step": "task1", "epoch": epoch, "seconds": 20.0} for epoch in (1, 2)]
+    save_epochs(folder / f"{prefix}metrics.csv", rows)
+    if owner:
+        (folder / f".{prefix}owner").write_text(f"{owner[0]} {owner[1]} 0123456789abcdef")
+    if log:
+        (out / "logs" / f"seed0_{name}.txt").write_text(log)
+
+
+def ended_process():
+    with subprocess.Popen(["true"]) as child:
+        pass
+    return child.pid
+
+
+def test_status_shows_how_far_each_run_is(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    here = socket.gethostname()
+    leave_run(tmp_path, "TD", owner=(here, os.getpid()))
+    leave_run(tmp_path, "CIL", finished=True, seconds=4000.0)
+    stopped = "main_BU.py: stopped by SIGTERM; give the same command to resume\n"
+    leave_run(tmp_path, "BU", owner=(here, ended_process()), log=stopped)
+    failed = "main_CIL.py: --lr 9 is too high\n"
+    leave_run(tmp_path, "CIL_no_teaching", log=f"{failed}{status.ENDED}2\n")
+    leave_run(tmp_path, "BU_on_test", owner=("elsewhere", 1))
+    leave_run(tmp_path, "BU_on_test", "retrain_task5_", owner=("elsewhere", 1))
+    for path in tmp_path.glob("seed0/BU_on_test/retrain_task5_*"):
+        os.utime(path, (0, 0))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    reproduce.main(["--seeds", "0,1", "--out", str(tmp_path), "--status"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    header, *lines, summary = capsys.readouterr().out.splitlines()
+    found = {line.split()[0].removeprefix("seed0/"): line for line in lines}
+    columns = {name: re.split(r"  +", line)[1:] for name, line in found.items()}
+    # epochs, in those of task 1: 139 of TD, 344 at most of BU, 21 of a retrained ticket
+    assert columns["TD"] == ["at work", "1 %", "1 min", "1 h 08 min", "task1, epoch 2 of 7"]
+    assert columns["CIL"] == ["done", "100 %", "1 h 06 min"]
+    assert columns["BU"] == ["stopped", "1 %", "1 min", "<2 h 51 min", "task1, epoch 2 of 7"]
+    assert columns["CIL_no_teaching"][0] == "failed"
+    assert columns["CIL_no_teaching"][-1] == "main_CIL.py: --lr 9 is too high"
+    assert columns["BU_on_test"][0] == "at work"
+    assert columns["BU_on_test_retrain_task5"][0] == "stopped"
+    assert columns["seed1/CIL"] == ["waiting", "0 %", "1 h 06 min"]  # as that of seed 0
+    assert summary.startswith("1 of 38 runs are done, 2 at work, 2 stopped, 1 failed; one after")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7500, "2 h 05 min"), (274000, "3 d 04 h")],
+)
+def test_durations(seconds, text):
+    assert status.duration(seconds) == text
+
+
+def test_the_status_of_a_damaged_run(tmp_path):
+    leave_run(tmp_path, "TD")
+    (tmp_path / "seed0" / "TD" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="TD/run.json: is damaged"):
+        reproduce.main(["--out", str(tmp_path), "--status"])

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -385,7 +386,8 @@ def test_a_damaged_journal_is_an_error_and_nothing_is_touched(scripts, finished,
     path.write_bytes(damage(path.read_bytes()))
 
     def contents():
-        files = (path for path in finished.rglob("*") if path.is_file() and path.name != ".lock")
+        names = (".lock", ".owner")
+        files = (p for p in finished.rglob("*") if p.is_file() and p.name not in names)
         return {path: path.read_bytes() for path in files}
 
     before = contents()
@@ -595,13 +597,44 @@ def test_a_folder_in_use_is_an_error_and_a_killed_process_does_not_block_it(
         )
         assert (second.returncode, second.stdout) == (2, "")
         assert second.stderr == (
-            f"{command[0]}: {folder}: another process is working in it; wait for it, or name "
-            f"another folder\n"
+            f"{command[0]}: {folder}: another process ({pid} on {socket.gethostname()}) is "
+            f"working in it; wait for it, or name another folder\n"
         )
     os.kill(pid, signal.SIGKILL)
     scripts.wait()
     assert scripts.run(TD, tmp_path).status == 0
     assert soak.outcome(tmp_path / "run") == soak.outcome(reference[0] / "TD" / "run")
+
+
+UNLOCKED = """
+import fcntl, runpy, sys
+def flock(*_):
+    {}
+fcntl.flock = flock
+sys.path[0] = {!r}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("body", ["pass", "raise OSError(37, 'ENOLCK')"], ids=["idle", "missing"])
+def test_without_locks_the_first_of_two_stops(reference, tmp_path, body):
+    """As on a shared file system whose locks hold within a machine, or which has none."""
+    code = UNLOCKED.format(body, str(ROOT))
+    command = [sys.executable, "-c", code, ROOT / TD[0], *TD[1:]]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (tmp_path / "run" / "task0_checkpoint_weight.pt").exists())
+    second = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    error = first.communicate()[1]
+    assert first.returncode == 2
+    assert error == (
+        f"main_TD.py: --save_dir run: process {second.pid} on {socket.gethostname()} works in it "
+        f"too, past the lock of this file system; this one stops, and the other one has what is "
+        f"saved\n"
+    )
+    assert second.communicate()[1] == "" and second.returncode == 0
+    assert soak.outcome(tmp_path / "run") == soak.outcome(reference[0] / "TD" / "run")
+    assert not [*tmp_path.rglob(".owner")]
 
 
 # ------------------------------------------------------------------------------ the same bits

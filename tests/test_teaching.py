@@ -160,7 +160,12 @@ def test_the_files_of_teaching(teacher, data, args, run, t, n):
     teach(teacher, data, run, t)
     folder = Path(args.save_data_path)
     names = [f"task{t}_{name}.npy" for name in FILES]
-    assert {path.name for path in folder.iterdir()} == {*names, f"task{t}_sha256sums.txt", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        *names,
+        f"task{t}_sha256sums.txt",
+        ".lock",
+        ".owner",
+    }
     lines = (folder / f"task{t}_sha256sums.txt").read_text().splitlines()
     sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     assert {line.split("  ")[1]: line.split("  ")[0] for line in lines} == sums

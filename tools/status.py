@@ -2,16 +2,19 @@
 
 import importlib
 import json
+import os
 import re
+import socket
 import time
 from statistics import mean
 from typing import NamedTuple
 
 from runtime.epochs import read_epochs
 from runtime.errors import UserError, one_line
+from runtime.locks import read_owner
 
 ENDED = "tools.reproduce: ended with status "  # the last line of the log of a run that has failed
-WRITES_SECONDS = 600  # a run at work writes more often (--checkpoint_seconds, 60)
+WRITES_SECONDS = 900  # a run at work writes more often: each epoch, and --checkpoint_seconds (60)
 # Of an epoch of a task after the first, in epochs of the first: each new image comes with one of a
 # balanced batch and an unlabeled one.
 LATER_TASK = 3
@@ -112,12 +115,30 @@ def read_lines(log):
 
 
 def is_at_work(journal):
-    """Whether a run has written a file lately."""
+    """Whether the process that took the run's folder works there; on another machine: wrote lately.
+
+    journal: the path of its run.json.
+    """
     prefix = journal.name.removesuffix("run.json")
-    names = [f"{prefix}run.json", f"{prefix}metrics.csv"]
-    files = [journal.with_name(name) for name in names] + [*journal.parent.glob("*_progress.pt")]
+    found, _ = read_owner(journal.with_name(f".{prefix}lock"))
+    if found is None:
+        return False
+    host, pid = found
+    if host == socket.gethostname():
+        return is_alive(pid)
+    files = [journal, *journal.parent.glob(f"{prefix}metrics.csv")]
     times = [path.stat().st_mtime for path in files if path.exists()]
     return bool(times) and time.time() - max(times) < WRITES_SECONDS
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 # ------------------------------------------------------------------------------ epochs
