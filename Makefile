@@ -6,6 +6,8 @@
 # make gpu          on a CUDA device, in half an hour (MINUTES=30): tests, benchmark, profile, and as
 #                   much of the published protocol as the time allows; again: resumes it
 # make soak         kill runs at random moments, 120 times, and compare with undisturbed ones
+# make slurm-soak   preempt and requeue jobs of a real Slurm at random, and compare; needs root,
+#                   slurm-wlm and munge
 # make clean        remove demo/ and .venv/
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +22,7 @@ MODEL = --dataset digits --width 8 --batch_size 64
 TRAIN = $(MODEL) --epochs 10 --decreasing_lr 7,9 --lr 0.05
 TICKETS = $(TRAIN) --unlabel_num 3 --iter_epochs 1
 
-.PHONY: demo reproduce gpu test lint soak clean
+.PHONY: demo reproduce gpu test lint soak slurm-soak clean
 
 # Each script resumes or finds its work done. The fourth line retrains the bottom-up ticket of task
 # 3, task-rewound: its mask on the dense weights of task 2.
@@ -44,6 +46,9 @@ test: $(VENV)/installed-dev lint
 
 soak: $(VENV)/installed-dev
 	$(RUN) tests/soak.py --kills 120
+
+slurm-soak: $(VENV)/installed
+	$(RUN) tests/slurm_soak.py --stops 30
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

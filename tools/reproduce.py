@@ -98,7 +98,7 @@ SIZES = {
         data=None,
         train="--dataset digits --device cpu --width 2 --epochs 1 --lr 0.05 --batch_size 64",
         prune="--iter_epochs 1",
-        bottom_up=BOTTOM_UP,
+        bottom_up="--percent 0.8 --max_iter_prun 3 --base_sparsity 95",
         more=True,
         jobs=None,
     ),
