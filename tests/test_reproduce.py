@@ -248,6 +248,23 @@ def test_the_data_set_is_prepared(monkeypatch, flags, expected):
     assert calls == [reproduce.python(["dataset.py", "--data", "out/data", *expected])]
 
 
+def test_a_chain_runs_on_prepared_data_alone(tmp_path, monkeypatch, capfd):
+    jobs = chain_of(tmp_path, FINISHES, FINISHES, FINISHES)
+    jobs[1] = jobs[1]._replace(needs=())
+    monkeypatch.setattr(reproduce, "plan", lambda args: jobs)
+    command = ["--chain", "1", "--out", str(tmp_path)]
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="data: holds no prepared data set"):
+        reproduce.main(command)
+    (tmp_path / "data" / "meta.json").write_text('{"per_class": 600}')
+    with pytest.raises(UserError, match="data: was prepared with per_class 600, not 300"):
+        small = reproduce.SIZES["small"]._replace(data="--per_class 300")
+        monkeypatch.setitem(reproduce.SIZES, "medium", small)
+        reproduce.main([*command, "--size", "medium"])
+    reproduce.main(command)
+    assert (tmp_path / "ran").read_text() == "12"
+
+
 def test_a_data_set_that_cannot_be_prepared(monkeypatch):
     monkeypatch.setattr(subprocess, "call", lambda command: 2)
     with pytest.raises(UserError, match="--data out/data: cannot be used"):
