@@ -140,10 +140,18 @@ def undisturbed(folder):
         subprocess.run(command, cwd=folder, check=True)
 
 
+def wait_for_training(folder, seconds):
+    """Return when a run has taken its folder, or after so many seconds."""
+    limit = time.monotonic() + seconds
+    while not any(folder.glob("runs/seed0/*/.*owner")) and time.monotonic() < limit:
+        time.sleep(0.1)
+
+
 def disturb(running, draw):
     """Stop one of the running elements, or all."""
     way = draw.choice(["preempt", "requeue", "USR1", "USR2", "TERM"])
-    job = draw.choice(running)["JobId"]
+    element = draw.choice(running)
+    job = f"{element['ArrayJobId']}_{element['ArrayTaskId']}"
     if way == "preempt":
         call("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         return
@@ -151,17 +159,19 @@ def disturb(running, draw):
     subprocess.run(command, capture_output=True)  # it may just have ended
 
 
-def run_array(folder, draw, stops, longest):
+def run_array(folder, draw, stops):
     """Submit the array in a folder and disturb it until it has had `stops`; returns its elements.
 
-    longest: seconds between two disturbances.
+    Three of four disturbances wait until a run trains; the others may come while programs start.
     """
     folder.mkdir()
     submit = ["sbatch", "--parsable", f"--array={','.join(map(str, CHAINS))}", "--cpus-per-task=1"]
     submit += [f"--chdir={folder}", f"--output={folder}/log-%a.txt"]
     job = call(*submit, str(ROOT / "slurm/reproduce.sbatch"), *FLAGS).strip()
     while True:
-        time.sleep(draw.uniform(0, longest))
+        if draw.random() < 0.75:
+            wait_for_training(folder, 60)
+        time.sleep(draw.uniform(0, 10))
         found = elements(job)
         if all(each["JobState"] in ("COMPLETED", "FAILED", "CANCELLED") for each in found):
             return found
@@ -175,8 +185,11 @@ def report(folder, reference, found):
     stops = sum(int(each["Restarts"]) for each in found)
     logs = "".join(path.read_text() for path in folder.glob("log-*.txt"))
     statuses = Counter(re.findall(r"stopped with status (\d+)", logs))
-    asked = ", ".join(f"{number} with status {status}" for status, number in statuses.items())
-    print(f"{stops} stops ({asked}; the others by Slurm itself)")
+    asked = ", ".join(f"{number} after status {status}" for status, number in statuses.items())
+    print(f"{stops} stops: requeued {asked}, the others by Slurm itself")
+    logs = "".join(path.read_text() for path in folder.glob("runs/logs/*"))
+    print(f"{len(re.findall('stopped by SIG', logs))} runs stopped in their work, ", end="")
+    print(f"{len(re.findall('is saved at', logs))} within a training step")
     failed = sum(each["JobState"] != "COMPLETED" for each in found)
     for run in sorted(path for path in (reference / "runs").glob("seed0/*")):
         expected = outcome(run)
@@ -204,12 +217,11 @@ def main():
         os.chmod(root, 0o755)
         root = Path(root)
         undisturbed(root / "reference")
-        longest = (time.monotonic() - start) / 15
         print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
         with slurm(root / "slurm"):
             while stops < args.stops:
                 folder = root / "disturbed"
-                found = run_array(folder, draw, args.stops - stops, longest)
+                found = run_array(folder, draw, args.stops - stops)
                 more, differing = report(folder, root / "reference", found)
                 stops, failed = stops + more, failed + differing
                 shutil.rmtree(folder)
