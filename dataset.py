@@ -28,7 +28,7 @@ import utils
 from datasets import DATASETS
 from datasets.prepare import ensure_prepared, holds_set, read_meta, read_set
 from datasets.spec import PARTS, check_images
-from runtime import cli, packed
+from runtime import cli, packed, ranks
 from runtime.errors import UserError, first_line
 from runtime.files import atomic_write
 from runtime.process import run_script
@@ -243,7 +243,7 @@ def find_set(args):
             f"--dataset {args.dataset} --data {folder}"
         )
     if missing or holds_set(args.dataset, folder):
-        ensure_prepared(args, folder)
+        ranks.on_rank0(ensure_prepared)(args, folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import dataset
 import utils
+from runtime import ranks
 from runtime.arrays import load_array, save_array
 from runtime.errors import UserError
 from runtime.files import file_checksum, save_text
@@ -32,18 +33,20 @@ def query(exemplars, pool, num):
 
     exemplars: features [m,d]; pool: features [p,d]. Returns int64 [min(m*num, p)]: indices into
     the pool, exemplar after exemplar, nearest first. Equal distances: the lower index first.
-    Distances are Euclidean; a block of exemplars is compared with the pool at a time.
+    Distances are Euclidean; a block of exemplars is compared with the pool at a time. The pool is
+    shared out among the ranks.
     """
-    taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
+    total, own = len(pool), ranks.share(len(pool))
     center = pool.mean(0)  # a common shift changes no distance and saves digits below
-    exemplars, pool = exemplars - center, pool - center
+    exemplars, pool = exemplars - center, pool[own] - center
+    taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     squares = pool.square().sum(1)
     norms = squares.sqrt()
     rounding = pool.shape[1] * torch.finfo(pool.dtype).eps
-    at_once = max(1, DISTANCES_AT_ONCE // len(pool))
+    at_once = max(1, DISTANCES_AT_ONCE // max(1, len(pool)))
     # both are allocated once: large blocks freed between small ones would fragment memory
     block = pool.new_empty(min(at_once, len(exemplars)), len(pool))
-    selected = taken.new_empty(min(num * len(exemplars), len(pool)), dtype=torch.long)
+    selected = taken.new_empty(min(num * len(exemplars), total), dtype=torch.long)
     done = 0
     for index, exemplar in enumerate(tqdm(exemplars, "query", disable=None, leave=False)):
         wanted = min(num, len(selected) - done)
@@ -57,13 +60,30 @@ def query(exemplars, pool, num):
         # The product is rounded, by `error` at most: all rows that it cannot tell from the nearest
         # are compared once more, by their differences.
         error = rounding * (exemplar.norm() + norms).square()
-        near = (row - error <= utils.kth_smallest(row + error, wanted)).nonzero().squeeze(1)
-        distances = (pool[near] - exemplar).square().sum(1)
-        nearest = near[distances.sort(stable=True).indices[:wanted]]
-        taken[nearest] = True
+        count = min(wanted, len(row))  # of its share, a rank may have fewer left
+        limit = utils.kth_smallest(row + error, count) if count else 0
+        near = (row - error <= limit).nonzero().squeeze(1)
+        distances = (pool[near] - exemplar).square().sum(1).masked_fill_(taken[near], torch.inf)
+        nearest = merge(distances, near + own.start, wanted)
+        taken[nearest[(nearest >= own.start) & (nearest < own.stop)] - own.start] = True
         selected[done : done + wanted] = nearest
         done += wanted
     return selected
+
+
+def merge(distances, rows, wanted):
+    """The `wanted` nearest pool rows, int64, of the candidates of all ranks.
+
+    distances, rows: [m] of this rank's candidates, in the order of the pool.
+    """
+    order = distances.sort(stable=True).indices[:wanted]
+    if ranks.world() == 1:
+        return rows[order]
+    best = distances.new_full((wanted, 2), -1, dtype=torch.float64)
+    best[: len(order)] = torch.stack([distances[order].double(), rows[order].double()], 1)
+    best = ranks.gather(best, ranks.rank() * wanted, ranks.world() * wanted)
+    best = best[best[:, 1] >= 0]
+    return best[best[:, 0].sort(stable=True).indices[:wanted], 1].long()
 
 
 def teach(model, data, run, t):
@@ -117,6 +137,7 @@ def soft_label_names(t):
     ]
 
 
+@ranks.on_rank0
 def save_soft_labels(run, t, selected, images, labels, labels_main):
     """Write the files of task t and their checksums."""
     names, sums = soft_label_names(t), f"data/{SUMS.format(t)}"

@@ -21,6 +21,7 @@ import dataset
 import pruning_utils
 import utils
 from models import build_model
+from runtime import ranks
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
 from runtime.process import Interrupted, check_signals, hold_signals
@@ -51,6 +52,11 @@ def make_task(data, t, unlabeled, memory=None):
     old = data.of_tasks(data.exemplars if memory is None else memory, 1, t - 1)
     both = tuple(torch.cat(pair) for pair in zip(new, old))
     new, old = zip(*(each.split([len(new[1]), len(old[1])]) for each in both))  # no copies
+    if len(both[0]) < ranks.world():
+        raise UserError(
+            f"torchrun started {ranks.world()} processes, but task {t} has {len(both[0])} training "
+            f"images; start no more processes than that"
+        )
     return Task(t, data, both, new, old, unlabeled)
 
 
@@ -95,21 +101,37 @@ def make_optimizer(model, args, lr):
 # ------------------------------------------------------------------------------ the losses
 
 
-def distillation(logits, stored):
-    """Soft cross-entropy at TEMPERATURE, times its square: both [n,classes] -> scalar."""
+# Of several ranks, each passes its share of every sub-batch. The losses are means over all ranks'
+# images, so that a rank's share is a sum over its own images, divided by the number of all.
+
+
+def own_rows(tensors):
+    """This rank's share of the rows of each tensor."""
+    return [each[ranks.share(len(each))] for each in tensors]
+
+
+def cross_entropy(logits, labels, n):
+    """This rank's share of the mean over n images. logits [m,classes]; labels [m] or soft."""
+    return F.cross_entropy(logits, labels, reduction="sum") / n
+
+
+def distillation(logits, stored, n):
+    """Soft cross-entropy at TEMPERATURE, times its square: both [m,classes] -> scalar, as above."""
     soft_labels = F.softmax(stored / TEMPERATURE, dim=1)
-    return TEMPERATURE**2 * F.cross_entropy(logits / TEMPERATURE, soft_labels)
+    return TEMPERATURE**2 * cross_entropy(logits / TEMPERATURE, soft_labels, n)
 
 
 def task1_loss(model, x, y):
     """Task 1: CE of the random head plus CE of the balanced head. x [n,3,H,W], y [n].
 
-    Returns the loss, and its parts {name in runtime.epochs.PARTS: value}, without gradients. The
-    published code passes the batch twice, once for each head; BatchNorm accounts for that.
+    Returns the loss, and its parts {name in runtime.epochs.PARTS: value}, without gradients; of
+    several ranks, this rank's share of them. The published code passes the batch twice, once for
+    each head; BatchNorm accounts for that.
     """
+    n, (x, y) = len(x), own_rows((x, y))
     features = model.features(x, groups=((len(x), 2),))
     random, new = (
-        F.cross_entropy(model.logits(features, 1, main_fc), y) for main_fc in (False, True)
+        cross_entropy(model.logits(features, 1, main_fc), y, n) for main_fc in (False, True)
     )
     return random + new, {"random": random.detach(), "new": new.detach()}
 
@@ -124,20 +146,21 @@ def kd_loss(model, k, sub, batch):
     BatchNorm normalizes each separately, in this order; the published code passes the unlabeled
     one twice, once for each kind of heads.
     """
-    (x, y), (x_new, y_new), (x_old, y_old), *unlabeled = batch
+    n, n_new, n_old, *_ = counts = [len(part[0]) for part in batch]
+    (x, y), (x_new, y_new), (x_old, y_old), *unlabeled = map(own_rows, batch)
     images = [x, x_new, x_old, *(part[0] for part in unlabeled)]
     sizes = [len(each) for each in images]
-    groups = tuple(group for group in zip(sizes, (1, 1, 1, 2)) if group[0])
+    groups = tuple(group for *group, count in zip(sizes, (1, 1, 1, 2), counts) if count)
     features = model.features(torch.cat(images), groups=groups)
     of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
     parts = {
-        "random": F.cross_entropy(model.logits(of_random, k, main_fc=False), y),
-        "new": F.cross_entropy(model.logits(of_new, k, main_fc=True), y_new),
+        "random": cross_entropy(model.logits(of_random, k, main_fc=False), y, n),
+        "new": cross_entropy(model.logits(of_new, k, main_fc=True), y_new, n_new),
     }
     a, b = sub // k / sub, sub * (k - 1) // k / sub
     loss, balanced = parts["random"], a * parts["new"]
-    if len(y_old):  # the mean over none is NaN
-        parts["old"] = F.cross_entropy(model.logits(of_old, k, main_fc=True), y_old)
+    if n_old:  # the mean over none is NaN
+        parts["old"] = cross_entropy(model.logits(of_old, k, main_fc=True), y_old, n_old)
         balanced = balanced + b * parts["old"]
     if unlabeled:
         ((_, stored, stored_main),) = unlabeled
@@ -145,7 +168,8 @@ def kd_loss(model, k, sub, batch):
             ("distillation", False, stored),
             ("distillation_main", True, stored_main),
         ):
-            parts[name] = distillation(model.logits(*of_unlabeled, k - 1, main_fc), soft)
+            logits = model.logits(*of_unlabeled, k - 1, main_fc)
+            parts[name] = distillation(logits, soft, counts[-1])
         loss = loss + parts["distillation"]
         balanced = balanced + parts["distillation_main"]
     return loss + BALANCED_WEIGHT * balanced, {name: x.detach() for name, x in parts.items()}
@@ -198,12 +222,19 @@ def train_epoch(model, optimizer, task, args, step, progress):
         loss, parts = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = loss.detach()
+        ranks.add_up([*gradients(model), loss, *parts.values()])
         optimizer.step()
         progress.batch += 1
-        progress.total_loss = progress.total_loss + loss.detach()
+        progress.total_loss = progress.total_loss + loss
         progress.parts = {name: progress.parts.get(name, 0.0) + parts[name] for name in parts}
         progress.images += len(batch[0]) if k == 1 else sum(len(part[0]) for part in batch)
         yield
+
+
+def gradients(model):
+    """Those of all parameters but the heads to come, which have none."""
+    return [each.grad for each in model.parameters() if each.grad is not None]
 
 
 # ------------------------------------------------------------------------------ evaluation
@@ -212,16 +243,18 @@ def train_epoch(model, optimizer, task, args, step, progress):
 def extract_features(model, images, data, batch_size, desc=None):
     """Features [n,d] of images (uint8 [n,H,W,3]) in eval mode, without augmentation.
 
-    desc: text of the progress bar; None: no bar.
+    desc: text of the progress bar; None: no bar. The batches are shared out among the ranks.
     """
     model.eval()
     with torch.no_grad():
         features = []
         chunks = images.split(batch_size)
-        for chunk in tqdm(chunks, desc, disable=None if desc else True, leave=False):
+        own = ranks.share(len(chunks))
+        rounds = [*chunks[own], images[:0]][: ranks.largest_share(len(chunks))]
+        for chunk in tqdm(rounds, desc, disable=None if desc else True, leave=False):
             features.append(model.features(dataset.normalize(chunk, data)))
             check_signals()
-        return torch.cat(features)
+        return ranks.gather(torch.cat(features), own.start * batch_size, len(images))
 
 
 def evaluate(model, part, t, data, batch_size):
@@ -537,9 +570,8 @@ def watched(model, optimizer, task, run, plan, progress):
         if not bar.disable and progress.batch % args.print_freq == 0:
             accuracy = progress.history[-1].get("accuracy") if progress.history else None
             bar.set_postfix(loss=float(progress.total_loss) / progress.batch, accuracy=accuracy)
-        if time.monotonic() - last_saved >= args.checkpoint_seconds:
+        if check_signals(due=time.monotonic() - last_saved >= args.checkpoint_seconds):
             save()
-        check_signals()
 
     def after_epoch():
         nonlocal last_logged

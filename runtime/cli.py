@@ -327,9 +327,9 @@ def add_network_flags(parser, backbones):
     flag(
         "--gpu",
         type=int_range(0),
-        default=0,
         metavar="N",
-        help=f"CUDA device for --device auto or cuda {DEFAULT}",
+        help="CUDA device for --device auto or cuda (default 0; under torchrun each process takes "
+        "its own)",
     )
     flag(
         "--deterministic",

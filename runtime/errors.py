@@ -4,6 +4,8 @@
 class UserError(Exception):
     """The run cannot continue: one line that names the flag or file, what is wrong, what to do."""
 
+    status = 2  # of the process
+
 
 def first_line(error):
     """The message of an exception, on one line."""

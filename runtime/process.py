@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from runtime import ranks
 from runtime.errors import UserError, first_line, one_line
 from runtime.threads import start_yielding
 
@@ -23,7 +24,8 @@ def run_script(main):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2.
 
     The signals STOPPING end it with status 128 + signal (143 after SIGTERM), after the current
-    training step is saved.
+    training step is saved. Of several ranks, under torchrun, all end, and rank 0 alone writes the
+    line.
     """
     global _pending
     _pending = None
@@ -31,27 +33,36 @@ def run_script(main):
     keep_freed_memory()
     start_yielding()
     previous = {signum: signal.signal(signum, on_signal) for signum in STOPPING}
+    same = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
     try:
-        return main()
+        ranks.start()
+        result = main()
+        ranks.stop()
+        return result
     except UserError as error:
-        message, status = error, 2
+        message, status = error, error.status
+    except ranks.Ended as end:
+        message, status = "", end.status
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not out_of_memory(error):
+        if ranks.lost(error):
+            message = f"another of the {ranks.world()} processes was killed or failed"
+            message, status = f"{message}; give {same} to resume", ranks.LOST
+        elif out_of_memory(error):
+            message, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
+        else:
             raise
-        message, status = f"{first_line(error)}; give a smaller --batch_size or --width", 2
     except Interrupted as interrupt:
-        signum = interrupt.signum
-        same = "the same command without --overwrite"
-        command = same if "--overwrite" in sys.argv else "the same command"
-        message = f"stopped by {signal.Signals(signum).name}{interrupt.position}"
-        message, status = f"{message}; give {command} to resume", 128 + signum
+        message = f"stopped by {signal.Signals(interrupt.signum).name}{interrupt.position}"
+        message, status = f"{message}; give {same} to resume", interrupt.status
     except BrokenPipeError:
         sys.stdout = None  # otherwise Python complains again at exit
         message, status = "its output was closed; give the same command to resume", 2
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
+        for signum, handler in previous.items():  # torchrun stops the ranks when one has ended
+            signal.signal(signum, signal.SIG_IGN if ranks.world() > 1 else handler)
+    message, status = ranks.last_words(message, status)
+    if message is not None:
+        print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -73,7 +84,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum, position=""):
         super().__init__()
-        self.signum, self.position = signum, position
+        self.signum, self.position, self.status = signum, position, 128 + signum
 
 
 _held = False  # whether signals wait for check_signals()
@@ -109,15 +120,25 @@ def hold_signals():
     finally:
         _held = outer
     if not outer:
-        check_signals()
+        raise_pending()
 
 
-def check_signals():
-    """Raise Interrupted if a signal is waiting."""
+def raise_pending(signum=0):
+    """Raise Interrupted if a signal is waiting here, or for one of another rank."""
     global _pending
-    if _pending:
-        signum, _pending = _pending, None
+    signum, _pending = _pending or signum, None
+    if signum:
         raise Interrupted(signum)
+
+
+def check_signals(due=False):
+    """Raise Interrupted if a signal is waiting: on all ranks, if it is on one.
+
+    Returns whether anything is due on any rank.
+    """
+    signum, due = ranks.agree(_pending or 0, due)
+    raise_pending(signum)
+    return due
 
 
 # ------------------------------------------------------------------------------ the machine

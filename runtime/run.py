@@ -4,6 +4,9 @@ Every step of a script (a task trained, a query made, a ticket found) is done on
 the checksums of its files go into run.json. The same command, given again after whatever stopped
 it, finds them there and resumes. Within a training step it resumes from the last checkpoint
 (trainer.train_task). results.json and log_results.txt are what programs and people read.
+
+Of several ranks (under torchrun), rank 0 alone reads and writes all this; the others get what it
+found, so that a step that is done is done for all.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ from statistics import mean
 import numpy as np
 import torch
 
-from runtime import locks
+from runtime import locks, ranks
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.epochs import (
     open_tensorboard,
@@ -33,6 +36,7 @@ from runtime.epochs import (
 from runtime.errors import UserError, first_line
 from runtime.files import file_checksum, save_text, temp_path
 from runtime.metrics import average_incremental_accuracy, backward_transfer, forgetting
+from runtime.ranks import on_rank0
 
 # Flags that may differ when a run resumes: they cannot change its result (except for how devices
 # round), or what they name is compared by its content.
@@ -57,6 +61,7 @@ def header(script, args, data, model):
     """The header of a run: device, data, network, schedule, as lines of text."""
     parameters = list(model.parameters())
     threads = f", {torch.get_num_threads()} threads" if parameters[0].device.type == "cpu" else ""
+    threads += f" x {ranks.world()} processes" if ranks.world() > 1 else ""
     counts = ", ".join(f"{count:,} {part}" for part, count in data.counts().items() if count)
     lines = {
         "device": f"{device_name(parameters[0].device)}{threads}, PyTorch {torch.__version__}",
@@ -88,6 +93,7 @@ class Record:
     """
 
     def __init__(self, script, args, data, model, prefix=""):
+        compare_ranks(args, data, model)
         self.folder, self.prefix = args.save_dir, prefix
         self.header = header(script, args, data, model)
         self.results = {
@@ -97,6 +103,7 @@ class Record:
             "class_names": [str(data.names.get(c, c)) for c in data.order],
             "image_size": data.image_size,
             "device": device_name(next(model.parameters()).device),
+            "processes": ranks.world(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -138,6 +145,7 @@ class Record:
             print(f"records: {self.folder}/{self.prefix}results.json", flush=True)
         return self.results
 
+    @on_rank0
     def write(self):
         if self.folder:
             folder, prefix = Path(self.folder), self.prefix
@@ -155,6 +163,17 @@ def record_paths(checkpoint):
     retrained = re.match(r"(retrain_task\d+_(?:\w+_)??)(best_model|checkpoint)\.", path.name)
     prefixes = [retrained[1], ""] if retrained else [""]
     return [path.with_name(f"{prefix}results.json") for prefix in prefixes]
+
+
+def compare_ranks(args, data, model):
+    """Raise UserError if another rank has other flags, images or weights to start from."""
+    if ranks.world() > 1:
+        flags = {f"--{key}": x for key, x in vars(args).items() if key not in RESUME_IGNORED}
+        weights = hashlib.sha256()
+        for value in model.state_dict().values():
+            weights.update(value.cpu().contiguous().numpy())
+        content = {"--data": data.fingerprint(), "the weights": weights.hexdigest()}
+        ranks.compare(flags | content)
 
 
 def log_table(rows):
@@ -188,8 +207,13 @@ class Run(Record):
         super().__init__(script, args, data, model, prefix)
         self.args, self.data, self.folder = args, data, Path(args.save_dir)
         self.start, self.replaying = time.monotonic(), True
-        self.checksums, self.redone = {}, set()
-        settings = self.settings_of(data, inputs or {})
+        self.checksums, self.redone, self.journal = {}, set(), {}
+        self.results["states"] = self.open(self.settings_of(data, inputs or {}))
+
+    @on_rank0
+    def open(self, settings):
+        """Claim the folder and read its journal, or begin one. Returns the states recorded."""
+        args = self.args
         self.claim_folders()
         if args.overwrite:
             self.remove_all()
@@ -213,6 +237,7 @@ class Run(Record):
             self.write()  # a folder that cannot be written is reported now, not after a task
         resumes = f", resumes after {done[-1]}" if done else ""
         print(f"{self.header}  folder   {self.folder}{resumes}", flush=True)
+        return self.journal["rows"]
 
     def settings_of(self, data, inputs):
         """What a run must share with the journal to resume it, as JSON holds it."""
@@ -331,6 +356,7 @@ class Run(Record):
             self.remove(self.prefix + name)
         self.remove(f"{self.prefix}run.json")  # the last, since it lists the files
 
+    @on_rank0
     def remove(self, name):
         """Remove a file of the run, and what a killed writer left of it."""
         path = self.path(name)
@@ -347,6 +373,7 @@ class Run(Record):
 
     # -------------------------------------------------------------------- files
 
+    @on_rank0
     def save(self, name, write, content):
         """Write a file with write(path, content), which returns its checksum.
 
@@ -358,12 +385,14 @@ class Run(Record):
             self.write_journal()
         self.checksums[name] = write(self.path(name), content)
 
+    @on_rank0
     def load(self, name):
         """The checkpoint of this name."""
         return load_checkpoint(self.path(name))
 
     # -------------------------------------------------------------------- steps
 
+    @on_rank0
     def done(self, step):
         """Whether a step is done and its files are as it left them; if not, it is to be done."""
         entry = self.journal["steps"].get(step)
@@ -383,6 +412,7 @@ class Run(Record):
         self.remove(f"{step}_progress.pt")  # if it was stopped right after it had finished
         return True
 
+    @on_rank0
     def finish(self, step, *names, **result):
         """Record a step as done, with the names of its files and its plain result.
 
@@ -400,6 +430,7 @@ class Run(Record):
         self.write_journal()
         self.remove(f"{step}_progress.pt")
 
+    @on_rank0
     def result(self, step):
         """The result that finish() recorded; None where the step is not done."""
         return self.journal["steps"].get(step, {}).get("result")
@@ -410,6 +441,7 @@ class Run(Record):
             self.finish(step, value=function(*arguments))
         return self.result(step)["value"]
 
+    @on_rank0
     def discard_steps(self, prefix):
         """Drop the steps whose names start with `prefix`, and their files: no longer needed."""
         steps = [step for step in self.journal["steps"] if step.startswith(prefix)]
@@ -426,12 +458,14 @@ class Run(Record):
 
     # -------------------------------------------------------------------- within a step
 
+    @on_rank0
     def save_progress(self, step, content):
         """Save how far a step is, to resume from."""
         content = content | {"settings": self.checksum}
         self.save(f"{step}_progress.pt", save_checkpoint, content)
         self.write_journal()  # the seconds
 
+    @on_rank0
     def progress(self, step, keys):
         """What save_progress() saved last, a dict of these keys; None if nothing, or damaged."""
         path = self.path(f"{step}_progress.pt")
@@ -448,6 +482,7 @@ class Run(Record):
 
     # -------------------------------------------------------------------- records
 
+    @on_rank0
     def record_epoch(self, step, row):
         """Add an epoch of a step to metrics.csv, in place of its rows from that epoch on."""
         self.check_locks()
@@ -463,7 +498,7 @@ class Run(Record):
 
     def add(self, state, accuracy, density, **more):
         """Record.add, once for each state; the seconds spent in it are filled in."""
-        rows = self.journal["rows"]
+        rows = self.results["states"]
         if all(row["state"] != state for row in rows):
             spent = time.monotonic() - self.start - sum(row["seconds"] for row in rows)
             super().add(state, accuracy, density, **more, seconds=spent)
@@ -472,6 +507,7 @@ class Run(Record):
         self.journal |= {"finished": True, "command": sys.argv[1:]}
         return super().close(matrix)
 
+    @on_rank0
     def write(self):
         self.write_journal()
         super().write()

@@ -169,7 +169,7 @@ def stopped_and_resumed(args, data, folder, monkeypatch, stop):
     task = trainer.make_task(data, 2, (data.pool[:12], *logits.to(device)))
     checks = iter(range(10**6))
 
-    def check_signals():
+    def check_signals(due=False):
         if next(checks) == stop:
             raise process.Interrupted(signal.SIGTERM)
 
