@@ -2,14 +2,16 @@
 
 A server process imports what the scripts import and computes nothing; for each command it forks,
 and the child runs the script as __main__. Run as a program, this file is that server: a line of
-JSON in (argv, cwd, out, err, limit), two lines out: the child's process id, then its exit status
-(negative: the signal that ended it).
+JSON in (argv, cwd, out, err, limit, ranks), two lines out: the child's process id, then its exit
+status (negative: the signal that ended it). With several ranks, as torchrun starts them, there are
+as many children, and each line has a number for each.
 """
 
 import json
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Ended(NamedTuple):
-    status: int  # negative: the signal that ended it
+    status: int  # negative: the signal that ended it; with several ranks a list
     out: str
     err: str
 
@@ -35,8 +37,8 @@ class Server:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, argv, cwd, limit=None):
-        """Start argv in folder cwd; returns its process id.
+    def start(self, argv, cwd, limit=None, ranks=1):
+        """Start argv in folder cwd; returns its process id, or those of several ranks.
 
         argv: ['main_TD.py', '--epochs', '1'] or ['-m', 'tools.report', 'run'], for example.
         limit: the most bytes that a file may have (stands in for a full disk).
@@ -44,28 +46,65 @@ class Server:
         self.texts = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         out, err = (file.name for file in self.texts)
         order = {"argv": list(map(str, argv)), "cwd": str(cwd), "out": out, "err": err}
-        self.process.stdin.write(json.dumps(order | {"limit": limit}) + "\n")
+        self.process.stdin.write(json.dumps(order | {"limit": limit, "ranks": ranks}) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return self.answer()
+
+    def answer(self):
+        numbers = [*map(int, self.process.stdout.readline().split())]
+        return numbers if len(numbers) > 1 else numbers[0]
 
     def wait(self):
         """Wait for what was started; returns an Ended."""
-        status = int(self.process.stdout.readline())
-        texts = []
+        status, texts = self.answer(), []
         for file in self.texts:
             file.seek(0)
             texts.append(file.read())
             file.close()
         return Ended(status, *texts)
 
-    def run(self, argv, cwd, limit=None):
+    def run(self, argv, cwd, limit=None, ranks=1):
         """start() and wait()."""
-        self.start(argv, cwd, limit)
+        self.start(argv, cwd, limit, ranks)
         return self.wait()
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def rank_variables(count):
+    """What torchrun sets in the environment of each of its processes."""
+    same = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    same |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    for rank in range(count):
+        variables = {"RANK": rank, "LOCAL_RANK": rank} | same
+        yield {name: str(value) for name, value in variables.items()}
+
+
+def fork(order, variables):
+    """Start a child that runs an order, with more variables in its environment."""
+    child = os.fork()
+    if child:
+        return child
+    status = 0
+    os.environ.update(variables)
+    try:
+        run_order(order)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_order(order):
@@ -95,22 +134,13 @@ def serve():
 
     answers, sys.stdin = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            status = 0
-            try:
-                run_order(json.loads(line))
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(child, file=answers, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        order = json.loads(line)
+        several = order["ranks"] > 1
+        variables = rank_variables(order["ranks"]) if several else [{}]
+        children = [fork(order, each) for each in variables]
+        print(*children, file=answers, flush=True)
+        ended = [os.waitpid(child, 0)[1] for child in children]
+        print(*map(os.waitstatus_to_exitcode, ended), file=answers, flush=True)
 
 
 if __name__ == "__main__":
