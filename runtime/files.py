@@ -105,14 +105,23 @@ def check_archive(path):
     if not is_archive(path):
         return
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        for record in records:
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path}: {record.filename} is compressed, give it uncompressed")
-        if len(set(archive.namelist())) < len(records):
-            raise UserError(f"{path}: holds two records of one name, give an intact copy")
-        if records and min(record.header_offset for record in records) > 0:
-            # zipfile would read the last of several archives in the file, PyTorch the first
-            raise UserError(f"{path}: holds more than one archive, give an intact copy")
+        check_records(path, archive, zipfile.ZIP_STORED)
         if damaged := archive.testzip():
             raise UserError(f"{path}: is damaged at {damaged}, give an intact copy")
+
+
+def check_records(path, archive, method):
+    """Raise UserError unless an archive is the file's only one, with records of different names.
+
+    All must be compressed by this method of zipfile's.
+    """
+    records = archive.infolist()
+    for record in records:
+        if record.compress_type != method:
+            wanted = "deflated" if method == zipfile.ZIP_DEFLATED else "uncompressed"
+            raise UserError(f"{path}: {record.filename} is not {wanted}, give it {wanted}")
+    if len(set(archive.namelist())) < len(records):
+        raise UserError(f"{path}: holds two records of one name, give an intact copy")
+    if records and min(record.header_offset for record in records) > 0:
+        # zipfile would read the last of several archives in the file, PyTorch the first
+        raise UserError(f"{path}: holds more than one archive, give an intact copy")

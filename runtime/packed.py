@@ -12,7 +12,7 @@ header               uint8: JSON in UTF-8, an object of the FIELDS
                      shapes, which tell the channels of each layer
 
 What is outside the mask is not kept: it becomes 0. All shapes follow from the header, and so does
-the exact size of each array, which is checked before anything is unpacked.
+the exact size of each array, which is checked before it is unpacked.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from models import BACKBONES
 from models.base import MASK, ORIG, dense_state
 from models.shrink import INTEGERS, ShrunkNet
 from runtime.errors import UserError, first_line
-from runtime.files import atomic_write
+from runtime.files import atomic_write, check_records
 
 FORMAT, VERSION = "lifelong-tickets", 1
 MAX_HEADER = 2**20  # bytes
@@ -134,8 +134,7 @@ def check_header(header):
         raise ValueError(f"state in its header is {state} of {header['classifiers']}")
     if header["accuracy"] is not None and len(header["accuracy"]) != state:
         raise ValueError("accuracy in its header is not that of its state")
-    if (found := unpacked_bytes(header)) > MAX_STATE:
-        raise ValueError(f"it unpacks to {found:,} bytes, more than the {MAX_STATE:,} allowed")
+    check_size(header)
 
 
 def refuse_constant(name):
@@ -218,14 +217,22 @@ def unpacked_bytes(header):
     )
 
 
-def describe_network(state):
-    """arch, width, classes_per_classifier and classifiers of a state dict, as a dict.
+def check_size(header):
+    """Raise ValueError for a network that is too large; a few bytes can tell of any size."""
+    if (found := unpacked_bytes(header)) > MAX_STATE:
+        raise ValueError(f"it unpacks to {found:,} bytes, more than the {MAX_STATE:,} allowed")
 
-    Raises ValueError if it is of no network in BACKBONES.
+
+def describe_network(state):
+    """kind, arch, width, classes_per_classifier and classifiers of a state dict, as a dict.
+
+    Raises ValueError if it is of no network in BACKBONES, or too large: in a checkpoint one value
+    can stand for all those of a tensor.
     """
     dense = dense_state(state)
     heads = [value for key, value in dense.items() if key.startswith("linear.")]
     sizes = [len(value) for value in heads if value.dim() == 2]
+    kind = "dense" if len(dense) == len(state) else "ticket"
     for arch, network in BACKBONES.items():
         with torch.device("meta"):
             first = next(iter(network(1, 1, 1).state_dict()))
@@ -237,7 +244,10 @@ def describe_network(state):
         tensors, _ = dense_tensors(*found)
         shapes = ({k: v.shape for k, v in each.items()} for each in (tensors, dense))
         if next(shapes) == next(shapes):
-            return dict(zip(("arch", "width", "classes_per_classifier", "classifiers"), found))
+            network = dict(zip(("arch", "width", "classes_per_classifier", "classifiers"), found))
+            network["kind"] = kind
+            check_size(network)
+            return network
     raise ValueError(f"its tensors are of none of the networks {', '.join(BACKBONES)}")
 
 
@@ -245,7 +255,9 @@ def describe_network(state):
 
 
 def write(path, header, state):
-    """Write a packed file, atomically. Returns its SHA-256. Equal content gives equal bytes.
+    """Write a packed file, atomically. Returns its SHA-256.
+
+    Equal content gives equal bytes, with the same version of zlib.
 
     header: {name: value} of FIELDS; state: a state dict of finite values, whose masks, if it has
     them, hold zeros and ones (pruning_utils.check_state). Raises ValueError if they do not fit,
@@ -358,14 +370,8 @@ def open_packed(path):
     """The archive, after a look at its directory. Any error within becomes a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if len(set(archive.namelist())) < len(records):
-                raise ValueError("it holds two records of one name")
-            if min(record.header_offset for record in records) > 0:
-                raise ValueError("it holds more than one archive")
-            for record in records:  # others may unpack to any size in one step
-                if record.compress_type != zipfile.ZIP_DEFLATED:
-                    raise ValueError(f"{record.filename!r} is not deflated")
+            # bzip2 and LZMA may unpack to any size in one step
+            check_records(path, archive, zipfile.ZIP_DEFLATED)
             yield archive
     except UserError:
         raise
