@@ -387,12 +387,11 @@ def recorded_order(path, args, needed, total):
     A packed file holds it, a checkpoint has the results.json of its run beside it.
     """
     header = packed.read_header(path)
-    for record in [path] if header else record_paths(path):
-        if not header and not record.exists():
-            continue
+    for record in [path] if header else filter(os.path.exists, record_paths(path)):
         try:
             content = header or json.loads(record.read_text())
-            if (header or content["config"])["dataset"] != args.dataset:
+            config = header or content["config"]
+            if config["dataset"] != args.dataset:
                 return None
             order = content["class_order"][:needed]
             valid = len(order) == needed == len({*order}) and {*order} <= {*range(total)}

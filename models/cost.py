@@ -44,7 +44,7 @@ def cost(args, size, densities):
         bits = sum(-(-layers[name][0] // 8) for name in densities)  # whole bytes of each
         packed_bytes += bits - 4 * (prunable - kept)
     return {
-        "weights": sum(n for name, (n, _) in left.items() if name != HEADS),
+        "weights": weights(left),
         "macs": macs(left),
         "macs_percent": 100 * macs(left) / macs(layers),
         "checkpoint_bytes": checkpoint_bytes,
@@ -58,7 +58,7 @@ def shrunk_cost(args, model):
     dense, _ = dense_layers(*described(args), model.size)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return {
-        "weights": sum(n for name, (n, _) in layers.items() if name != HEADS),
+        "weights": weights(layers),
         "macs": macs(layers),
         "macs_percent": 100 * macs(layers) / macs(dense),
         "checkpoint_bytes": size,
@@ -87,6 +87,10 @@ def remaining(layers, densities):
     return layers | kept
 
 
+def weights(layers):
+    return sum(n for name, (n, _) in layers.items() if name != HEADS)
+
+
 def macs(layers):
     return sum(n * positions for n, positions in layers.values())
 
@@ -112,7 +116,7 @@ def dense_layers(arch, classes_per_classifier, classifiers, width, size):
 def layers_of(model, size):
     """{layer: (weights, output positions per image)} of a network; the balanced heads are HEADS.
 
-    Masks are not looked at. size: (height, width) of an image.
+    The network must be in eval mode. Masks are not looked at. size: (height, width) of an image.
     """
     layers, heads = {}, [head.weight for head in model.linear_main]
 
