@@ -41,7 +41,8 @@ def make_parser():
         help="checkpoint or packed file to test",
     )
     flag("--pruned", action="store_true", help="it holds masks")
-    cli.add_state_flag(flag, "test on the classes of tasks 1..t")
+    default = "the last; of a packed file, the last that it has learned"
+    cli.add_state_flag(flag, "test on the classes of tasks 1..t", default)
     cli.add_batch_size_flag(flag)
     flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
     return parser

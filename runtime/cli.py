@@ -369,9 +369,9 @@ def add_pruning_flags(parser, title, criteria):
     return flag
 
 
-def add_state_flag(flag, description):
-    """--state of main_train and test; flag: the add_argument of a group."""
-    flag("--state", type=int_range(1), metavar="t", help=f"{description} (default: the last)")
+def add_state_flag(flag, description, default="the last"):
+    """--state t, one of the tasks; flag: the add_argument of a parser or group."""
+    flag("--state", type=int_range(1), metavar="t", help=f"{description} (default: {default})")
 
 
 # ------------------------------------------------------------------------------ filling in

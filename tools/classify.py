@@ -9,9 +9,8 @@ network knows no other classes than those of its data set: it finds one in any p
 checkpoint needs the results.json of its run beside it.
 """
 
-import dataset  # isort: skip  (before torch: it settles the threads)
+import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,8 @@ from datasets.images import read_image
 from runtime import cli
 from runtime.errors import UserError, one_line
 from runtime.process import run_script
-from tools.pack import read_network
+from tools.export import Predictor
+from tools.pack import read_network, require, resolve_state
 
 
 def make_parser():
@@ -33,24 +33,15 @@ def make_parser():
     flag("--pretrained", type=cli.path, required=True, metavar="FILE", help=message)
     message = f"classes to show of each picture {cli.DEFAULT}"
     flag("--top", type=cli.int_range(1, 10), default=3, metavar="N", help=message)
-    flag(
-        "--state",
-        type=cli.int_range(1),
-        metavar="t",
-        help="choose among the classes of tasks 1..t (default: those that it has learned)",
-    )
+    cli.add_state_flag(flag, "choose among the classes of tasks 1..t", "those that it has learned")
     return parser
 
 
 def probabilities(model, images, header, state):
     """Softmax over the balanced heads 1..state: uint8 [n,H,W,3] to float32 [n, state*c]."""
-    mean, std = (torch.tensor(header[key]).view(3, 1, 1) for key in ("mean", "std"))
-    data, model = Namespace(mean=mean, std=std), model.eval()
+    predict = Predictor(model, header, state)
     with torch.inference_mode():
-        logits = [
-            model(dataset.normalize(batch, data), out_idx=state, main_fc=True)
-            for batch in torch.from_numpy(images).split(256)
-        ]
+        logits = [predict(batch) for batch in torch.from_numpy(images).split(256)]
     return torch.cat(logits).softmax(1)
 
 
@@ -74,21 +65,15 @@ def table(names, shares, classes, top):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     header, model = read_network(args.pretrained)
-    for key in ("mean", "std", "image_size"):
-        if header[key] is None:
-            raise UserError(
-                f"--pretrained {args.pretrained}: {key} is unknown; give a checkpoint in the "
-                f"folder of its run, or pack it with --dataset"
-            )
+    require(args.pretrained, header, "mean", "std", "image_size")
     height, side = header["image_size"]
     if height != side:
         raise UserError(f"--pretrained {args.pretrained}: takes images that are not square")
-    state = args.state or header["state"] or header["classifiers"]
-    if state > header["classifiers"]:
-        raise UserError(f"--state {state}: give a task from 1 to {header['classifiers']}")
-    ids = header["class_order"] or range(model.linear_main[0].out_features * header["classifiers"])
+    state = resolve_state(args, header)
+    count = state * header["classes_per_classifier"]
+    ids = header["class_order"] or range(count)
     classes = header["class_names"] or [f"class {c}" for c in ids]
-    classes = [one_line(name, 40) for name in classes[: state * header["classes_per_classifier"]]]
+    classes = [one_line(name, 40) for name in classes[:count]]
     paths = [Path(name) for name in args.images]
     bar = tqdm(paths, "images", disable=None, leave=False)
     images = np.stack([read_image(path.parent, path.name, side) for path in bar])

@@ -7,7 +7,8 @@
 ONNX makes a network portable, not faster: runtimes compute a masked convolution as a dense one.
 --shrink removes what can be removed exactly (docs/export.md).
 
-input   images: uint8 [n,H,W,3], RGB; any n; normalization is part of the network
+input   images: uint8 [n,H,W,3], RGB; any n; normalization is part of the network.
+        With --float_input, float32 from 0 to 1
 output  logits: float32 [n,classes], by the balanced heads of the tasks learned (or of --state)
 
 The names of these classes are in the metadata, as JSON (class_names; in a .pt2 file, in the extra
@@ -46,6 +47,7 @@ from tools.pack import (
     read_network,
     refuse_overwriting,
     require,
+    resolve_state,
     savings,
     shrink,
 )
@@ -62,9 +64,9 @@ def make_parser():
     flag("--out", type=cli.path, metavar="FILE", required=True, help=message)
     message = "export a narrower network that computes the same, as tools.pack --shrink makes it"
     flag("--shrink", action="store_true", help=message)
+    flag("--float_input", action="store_true", help="images of float32 in place of uint8")
     flag("--no_check", action="store_true", help="do not compare the result with PyTorch")
-    message = "choose among the classes of tasks 1..t (default: those that it has learned)"
-    flag("--state", type=cli.int_range(1), metavar="t", help=message)
+    cli.add_state_flag(flag, "choose among the classes of tasks 1..t", "those that it has learned")
     add_describing_flags(parser)
     return parser
 
@@ -87,7 +89,10 @@ def parse(argv):
 
 
 class Predictor(nn.Module):
-    """uint8 images [n,H,W,3] to the logits [n,classes] of the balanced heads 1..state."""
+    """Images [n,H,W,3] to the logits [n,classes] of the balanced heads 1..state.
+
+    The images are uint8, or float32 in [0,1].
+    """
 
     def __init__(self, model, header, state):
         super().__init__()
@@ -96,8 +101,10 @@ class Predictor(nn.Module):
             self.register_buffer(name, torch.tensor(header[name]).view(3, 1, 1))
 
     def forward(self, images):
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
-        return self.model((x / 255 - self.mean) / self.std, self.state, main_fc=True)
+        x = images.permute(0, 3, 1, 2)
+        if not x.is_floating_point():
+            x = x.to(torch.float32) / 255
+        return self.model((x - self.mean) / self.std, self.state, main_fc=True)
 
 
 def bake_masks(model):
@@ -213,6 +220,7 @@ def check(args, predictor, content, images, what):
 
     content: the bytes of the file; images, what: from pick_images().
     """
+    images = images / 255 if args.float_input else images
     with quiet():
         run = load_exported(args.out, content)
     difference, scale, same = compare(predictor, run, images)
@@ -234,12 +242,10 @@ def main(argv=None):
         args.checkpoint, Namespace(**vars(args) | {"data": data, "mask": None, "state": None})
     )
     require(args.checkpoint, header, "mean", "std", "image_size")
-    state = args.state or header["state"] or header["classifiers"]
-    if state > header["classifiers"]:
-        raise UserError(f"--state {state}: give a task from 1 to {header['classifiers']}")
+    state = resolve_state(args, header)
     images, what = (None, None) if args.no_check else pick_images(args, header, state)
     bake_masks(model)
-    predictor = Predictor(model.eval(), header, state)
+    predictor = Predictor(model, header, state)
     exported = predictor
     if args.shrink:
         if packed.is_shrunk(header):
@@ -253,15 +259,17 @@ def main(argv=None):
     classes = state * header["classes_per_classifier"]
     if header["class_names"]:
         metadata["class_names"] = header["class_names"][:classes]
-    example = torch.zeros(2, *header["image_size"], 3, dtype=torch.uint8)
+    height, width = header["image_size"]
+    dtype = "float32" if args.float_input else "uint8"
+    example = torch.zeros(2, height, width, 3, dtype=getattr(torch, dtype))
     with quiet():
         write = to_onnx if args.out.endswith(".onnx") else to_pt2
         content = write(exported, example, metadata)
     if not args.no_check:
         check(args, predictor, content, images, what)
     atomic_write(args.out, lambda file: file.write(content))
-    height, width = header["image_size"]
-    print(f"input images: uint8 [n,{height},{width},3], RGB; output logits: float32 [n,{classes}]")
+    print(f"input images: {dtype} [n,{height},{width},3], RGB")
+    print(f"output logits: float32 [n,{classes}]")
     print(f"written: {args.out}, {len(content):,} bytes")
     return header
 

@@ -34,7 +34,7 @@ import pruning_utils
 from datasets.prepare import read_embedded, read_meta
 from models import build_model
 from models.base import dense_state
-from models.cost import HEADS, layers_of, macs, parameters
+from models.cost import layers_of, macs, parameters, weights
 from models.shrink import shrink_network
 from runtime import cli, packed
 from runtime.checkpoint import load_checkpoint, save_checkpoint, state_dict_of
@@ -65,8 +65,7 @@ def make_parser():
         help="also show what zip and xz make of CHECKPOINT (a minute or two at width 64)",
     )
     flag = add_describing_flags(parser)
-    message = "the last task that it has learned (default: that in the file's name)"
-    flag("--state", type=cli.int_range(1), metavar="t", help=message)
+    cli.add_state_flag(flag, "the last task that it has learned", "that in the file's name")
     return parser
 
 
@@ -90,15 +89,16 @@ def refuse_overwriting(args):
 
 
 def read_network(path, flags=None):
-    """The header (packed.FIELDS) and the model, on the CPU, of a packed file or a checkpoint.
+    """The header (packed.FIELDS) and the model of a packed file or checkpoint.
 
+    The model is on the CPU, in eval mode.
     flags: Namespace of DESCRIBING and mask; None: none was given. Raises UserError.
     """
     flags = flags or Namespace(**dict.fromkeys((*DESCRIBING, "mask")))
     if packed.is_packed(path):
         header, state = packed.read(path)
         if packed.is_shrunk(header):
-            return header, packed.shrunk_net(header, state)
+            return header, packed.shrunk_net(header, state).eval()
     else:
         content = load_checkpoint(path)
         header, state = content.get("packed"), state_dict_of(content, path)
@@ -106,14 +106,13 @@ def read_network(path, flags=None):
         network = packed.describe_network(state)
     except ValueError as error:
         raise UserError(f"{path}: {error}, give another file") from None
-    model = build_model(Namespace(**network, precision="fp32"))
+    model = build_model(Namespace(**network, precision="fp32")).eval()
     masks = pruning_utils.load_masks(flags.mask) if flags.mask else None
     if masks:
         pruning_utils.check_masks(model, masks, f"--mask {flags.mask}")
     pruning_utils.load_state(model, state, masks, source=path)
-    pruned = pruning_utils.extract_mask(model.state_dict())
-    found = network | {"kind": "ticket" if pruned else "dense"}
-    found["density"] = pruning_utils.density(pruning_utils.masks_of(model))
+    found = network | {"density": pruning_utils.density(pruning_utils.masks_of(model))}
+    found["kind"] = "ticket" if masks else network["kind"]
     return describe(path, header, found, flags), model
 
 
@@ -123,8 +122,16 @@ def require(path, header, *keys):
         if header[key] is None:
             raise UserError(
                 f"{path}: {key} is unknown; give the checkpoint in the folder of its run, or name "
-                f"its set with --dataset"
+                f"its set with --dataset of tools.pack"
             )
+
+
+def resolve_state(args, header):
+    """--state, by default the last task that the network has learned. Raises UserError."""
+    state = args.state or header["state"] or header["classifiers"]
+    if state > header["classifiers"]:
+        raise UserError(f"--state {state}: give a task from 1 to {header['classifiers']}")
+    return state
 
 
 def describe(path, header, found, flags):
@@ -251,8 +258,8 @@ def savings(model, shrunk):
     columns = []
     for each in (model, shrunk):
         layers = layers_of(each, shrunk.size)
-        weights = sum(n for name, (n, _) in layers.items() if name != HEADS)
-        columns.append((len(layers) - 1, weights, parameters(each), macs(layers)))
+        counts = len(layers) - 1, weights(layers), parameters(each), macs(layers)
+        columns.append(counts)
     names = "convolutions", "convolution weights", "parameters", "multiply-accumulates"
     lines = [f"{'':<20}  {'before':>15}  {'shrunk':>15}"]
     for name, before, after in zip(names, *columns):
@@ -296,7 +303,7 @@ def sizes(args, model):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     refuse_overwriting(args)
-    if args.unpack and not packed.is_packed(args.checkpoint):
+    if args.unpack and os.path.exists(args.checkpoint) and not packed.is_packed(args.checkpoint):
         raise UserError(f"{args.checkpoint}: not a packed file, leave out --unpack")
     if args.unpack and (args.half or args.mask or args.shrink):
         raise UserError("--unpack: leave out --half, --mask and --shrink")
