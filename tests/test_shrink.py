@@ -1,6 +1,7 @@
 """Shrinking (models/shrink.py): narrower networks that compute the same, in float64."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pruning_utils
 import utils
 from models import BACKBONES
 from models.batchnorm import BatchNorm2d
-from models.cost import layers_of, macs, parameters
+from models.cost import layers_of, macs, parameters, weights
 from models.shrink import Block, ShrunkNet, shrink_network
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,6 @@ BU = json.loads((ROOT / "results/reduced/seed0/BU/results.json").read_text())
 # density of each layer, and layers (by the ends of their names) without any weight
 CASES = {
     "10 %": (0.1, ()),
-    "6 %": (0.06, ()),
     "3 %": (0.03, ()),
     "1 %": (0.01, ()),
     "a bottom-up ticket": (BU["states"][-1]["layer_density"], ()),
@@ -74,7 +74,7 @@ def difference(one, other, x):
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs)
 
 
-@pytest.mark.parametrize("size", [(9, 9), (32, 32), (13, 18)], ids=str)
+@pytest.mark.parametrize("size", [(9, 9), (13, 18)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet32"])
 def test_a_shrunk_network_computes_the_same(arch, case, size):
@@ -91,9 +91,7 @@ def test_a_shrunk_network_computes_the_same(arch, case, size):
     assert difference(again, shrunk, x) == 0
     if case != "everything":
         old, new = (layers_of(each, size) for each in (model, shrunk))
-        assert macs(new) < macs(old) and sum(n for n, _ in new.values()) < sum(
-            n for n, _ in old.values()
-        )
+        assert macs(new) < macs(old) and weights(new) < weights(old)
     for conv1, conv2 in ((b.conv1, b.conv2) for b in blocks(shrunk) if b.conv1):
         # nothing is left to remove: each channel between them is written and read
         assert conv1.weight.any(-1).any(-1).any(1).all()
@@ -169,12 +167,19 @@ def test_precision_and_what_is_refused():
         shrink_network(shrunk, (16, 16))
 
 
-def test_damaged_states_are_refused():
-    generator = utils.stream(0, "damage")
-    model = network("resnet32", 6, generator)
+@pytest.mark.parametrize("arch", ["resnet18", "resnet32"])
+def test_damaged_states_are_refused(arch):
+    generator = utils.stream(0, "damage", arch)
+    model = network(arch, 6, generator)
     pruning_utils.apply_mask(model, random_masks(model, 0.2, (), generator))
     state = shrink_network(model, (9, 9)).state_dict()
-    for key, value in state.items():
+    # what makes another network that fits together: without a ReLU, or with a channel more
+    fits = {"missing": r".*\.after|conv1\.shift"}
+    if arch == "resnet18":
+        fits["one channel more"] = r"conv1\.weight|.*\.(carry|shortcut\.weight)"
+    one_of_a_kind = {re.sub(r"\d", "", key): key for key in state}
+    for key in one_of_a_kind.values():
+        value = state[key]
         damaged = {
             "missing": None,
             "one more dimension": value[None],
@@ -185,8 +190,8 @@ def test_damaged_states_are_refused():
         for what, tensor in damaged.items():
             others = {k: v for k, v in state.items() if k != key}
             broken = others if tensor is None else others | {key: tensor}
-            if what == "missing" and (key.endswith(".after") or key == "conv1.shift"):
-                continue  # the network would not have this ReLU
+            if re.fullmatch(fits.get(what, "-"), key):
+                continue
             with pytest.raises(ValueError, match="it lacks|does not"):
                 ShrunkNet(broken)
     with pytest.raises(ValueError, match="does not belong"):
