@@ -302,15 +302,24 @@ def members(data):
 
 @functools.cache
 def bomb(data, name, start=b""):
-    """The archive `data` with `start` and 1 GiB of zeros, deflated, as its member `name`."""
-    file = io.BytesIO(zipped([member for member in members(data) if member[0] != name]))
+    """The archive `data` with `start` and 1 GiB of zeros, deflated, as its member `name`.
+
+    The others stay as they are, and in their order.
+    """
+    file = io.BytesIO()
     with (
-        zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open(name, "w", force_zip64=True) as member,
+        zipfile.ZipFile(io.BytesIO(data)) as intact,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
     ):
-        member.write(start)
-        for _ in range(2**6):
-            member.write(bytes(2**24))
+        records = {record.filename: record for record in intact.infolist()}
+        for record in (records | {name: None}).values():
+            if record:
+                archive.writestr(record, intact.read(record))
+                continue
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(start)
+                for _ in range(2**6):
+                    member.write(bytes(2**24))
     return file.getvalue()
 
 
@@ -736,6 +745,10 @@ def hostile_records(kinds):
     }
 
 
+def bomb_bias(case):
+    return bomb(case.intact, BIAS, dict(members(case.intact))[BIAS])
+
+
 WEIGHT = "conv1.weight_orig.npy"
 BIAS = "layer1.0.bn1.bias.npy"
 PACKED = {
@@ -786,9 +799,9 @@ PACKED = {
     "bias_nan": record(BIAS, lambda data: data[:-4] + np.float32(np.nan).tobytes()),
     "npy_version_9": record(BIAS, lambda data: data.replace(b"NUMPY\1", b"NUMPY\x09")),
     "bomb_header": lambda case: bomb(case.intact, "header.npy"),
-    "bomb_bias": lambda case: bomb(case.intact, BIAS),
+    "bomb_bias": bomb_bias,
     "bomb_declared_small": lambda case: declared(BIAS, 144)(
-        SimpleNamespace(intact=bomb(case.intact, BIAS, dict(members(case.intact))[BIAS]))
+        SimpleNamespace(intact=bomb_bias(case))
     ),
     # masks and values
     "bit_beyond_the_mask": bits(put_at(-1, 1)),
@@ -1104,7 +1117,7 @@ KINDS["ticket"] = PACKED | {"unknown_dataset": field(dataset="mnist")}  # classi
 # Inputs that are read by the same code share the kinds among them: (first, step).
 SHARES = {"weight": (0, 2), "dis_label": (0, 3), "dis_label_main": (1, 3), "unlabeled": (2, 3)}
 SHARES |= {"ticket_weight": (0, 20), "ticket_mask": (5, 20), "ticket_packed": (10, 20)}
-SHARES |= {"ticket_unpacked": (0, 4), "ticket_classifies": (15, 20), "checkpoint_packed": (0, 4)}
+SHARES |= {"ticket_unpacked": (0, 12), "ticket_classifies": (15, 20), "checkpoint_packed": (0, 8)}
 for start, part in enumerate(PARTS.values()):
     SHARES |= {f"prepared_{part}": (start % 3, 3), f"published_{part}": (start % 3, 3)}
 CASES = []
