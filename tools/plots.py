@@ -228,8 +228,13 @@ def paper_curves(groups):
         shape = one["classifiers"], one["flags"].get("classes_per_classifier")
         if others or shape != shapes.get(dataset):
             return {}
-    curves = json.loads(FIGURE4.read_text())[dataset]
+    curves = figure4()[dataset]
     return {name: curves[name] for name in ("TR-BU", "TD")}
+
+
+def figure4():
+    """The content of data/figure4.json: the curves of the paper's Figure 4."""
+    return json.loads(FIGURE4.read_text())
 
 
 def report_legend(figure, axes, groups):

@@ -1,0 +1,126 @@
+"""Why are the newest classes learned worst? What BatchNorm's statistics have to do with it.
+
+    for s in 0 1 2; do python main_CIL.py --seed $s --save_dir runs/cil-$s $FLAGS; done
+    python benchmarks/batchnorm.py runs/cil-*
+
+In training, BatchNorm normalizes the new images, the old ones and the pool separately, each by its
+own statistics; a test image is normalized by the running statistics, a mixture of all three. This
+tests the last task's best model of finished runs of main_CIL.py again, with other statistics in
+place of the running ones: those of the training images so far, with equal numbers of each class
+(balanced), of the new classes alone (new), and each half of the test images with the statistics of
+its own kind, as in training (own). Nothing is trained.
+
+    python benchmarks/batchnorm.py --merged --weight runs/cil-0/task4_best_model.pt \\
+        --mask MASK --control dense --state 5 --save_data_path runs/cil-0/data --save_dir DIR $FLAGS
+
+trains the last task once more (the flags are main_train.py's, and the mask is not used), but with
+one BatchNorm over all sub-batches of a step together. Without --merged, main_train.py with the same
+flags trains it as published. docs/evidence.md has the results.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import dataset
+import main_train
+import pruning_utils
+import trainer
+import utils
+from models.base import LifelongNet
+from models.batchnorm import BatchNorm2d
+from runtime.checkpoint import read_state_dict
+from runtime.cli import Parser
+from runtime.metrics import mean_and_sd
+from runtime.process import run_script
+from tools import report
+
+PER_CLASS = 100  # training images a class for the statistics: as many as exemplars
+
+
+def read(folder):
+    """The data set and the last task's best model of a run of main_CIL.py, and its task."""
+    results = report.read(folder)[0]
+    args = argparse.Namespace(**results["config"])
+    device, t = utils.pick_device(args), results["states"][-1]["state"]
+    path = Path(folder) / f"task{t}_best_model.pt"
+    data = dataset.load(args, device, checkpoint=path, pool=False, parts=("train", "test"))
+    model = trainer.make_model(args, device)
+    pruning_utils.load_state(model, read_state_dict(path), source=str(path))
+    return data, model, t, args.batch_size
+
+
+def use_statistics(model, images, data):
+    """Set the running statistics to those of images (uint8 [n,H,W,3]), passed as one batch."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()
+    with torch.no_grad():
+        model.features(dataset.normalize(images, data))
+    model.eval()
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def accuracies(model, data, t, batch_size):
+    """Test accuracy (percent) of the new classes and the mean of the older tasks."""
+    *old, new = trainer.evaluate(model, data.test, t, data, batch_size)["accuracy"]
+    return new, sum(old) / len(old)
+
+
+def compare(folder):
+    """{statistics: (accuracy of the new classes, of the old ones)} of a run."""
+    data, model, t, batch_size = read(folder)
+    few = {c: images[:PER_CLASS] for c, images in data.train.items()}
+    sets = {
+        "balanced": data.of_tasks(few, 1, t)[0],
+        "new": data.of_tasks(few, t, t)[0],
+        "old": data.of_tasks(few, 1, t - 1)[0],
+    }
+    found = {"running": accuracies(model, data, t, batch_size)}
+    for name, images in sets.items():
+        use_statistics(model, images, data)
+        found[name] = accuracies(model, data, t, batch_size)
+    old = found.pop("old")[1]
+    return found | {"own": (found["new"][0], old)}
+
+
+def train_merged(argv):
+    """main_train.main(argv) with one group of images in each step, whatever sub-batches it has."""
+    separate = LifelongNet.features
+
+    def merged(self, x, groups=()):
+        return separate(self, x, ((len(x), 1),) if groups else ())
+
+    LifelongNet.features = merged
+    try:
+        return main_train.main(argv)
+    finally:
+        LifelongNet.features = separate
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--merged" in argv:
+        return train_merged([each for each in argv if each != "--merged"])
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of main_CIL.py")
+    found = [compare(folder) for folder in parser.parse_args(argv).runs]
+    print("statistics   new classes    old classes")
+    for name in found[0]:
+        cells = []
+        for values in zip(*(each[name] for each in found)):
+            mean, deviation = mean_and_sd(values)
+            cells.append(f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}"))
+        print(f"{name:<12} {cells[0]:<14} {cells[1]}")
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)
