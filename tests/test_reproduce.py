@@ -31,7 +31,7 @@ PARSE = {
 # --size: epochs, batch size, learning rate, and the runs of a seed
 SIZES = {
     "small": (7, 256, 0.05, 19),
-    "medium": (10, 256, 0.05, 21),
+    "medium": (10, 256, 0.02, 21),
     "full": (100, 256, 0.01, 21),
     "rehearsal": (1, 64, 0.05, 21),
 }
