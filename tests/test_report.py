@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from matplotlib.container import BarContainer, ErrorbarContainer
+from sets import check_error
 
 import pruning_utils
 from models import ResNet18
 from runtime import metrics
 from runtime.epochs import read_epochs, save_epochs
 from runtime.errors import UserError
-from tools import plots, report
+from tools import plots, report, sizes_figure
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"conv1": 80.0, "layer1.0.conv1": 20.0}
@@ -717,3 +718,17 @@ def test_an_unwritable_folder_gives_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         report.main([str(bottom_up(tmp_path / "BU")), "--out", str(tmp_path / "file")])
+
+
+def test_the_figure_of_sizes(tmp_path):
+    """The recorded size beside the paper; a title without a folder is an error."""
+    reduced = str(ROOT / "results/reduced")
+    figure = sizes_figure.draw([("small", reduced)])
+    small, paper = figure.axes
+    labels = [text.get_text().partition(":")[0] for text in small.get_legend().get_texts()]
+    assert labels == ["dense", "TD", "BU", "TR-BU"]
+    assert [line.get_ydata()[-1] for line in paper.lines] == [72.2, 73.2]
+    out = ["--out", str(tmp_path / "sizes")]
+    check_error(lambda: sizes_figure.main(["small", *out]), "TITLE DIR", "give a folder")
+    check_error(lambda: sizes_figure.main(["small", str(tmp_path), *out]), "contains no seed*")
+    assert not [*tmp_path.iterdir()]
