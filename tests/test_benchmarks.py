@@ -168,7 +168,10 @@ def test_benchmark_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", measure)
     bench.main([*flags, "--rows", "prune,kd_step"])
     assert capsys.readouterr().out.splitlines()[-2:] == printed[::-1]
-    for more, message in (["--rows", "kd_step,query"], "query at width 1"), (["--width", "2"], "2"):
+    for more, message in (
+        (["--rows", "kd_step,query"], "query at width 1"),
+        (["--width", "2"], "another device, PyTorch or width"),
+    ):
         with pytest.raises(UserError, match=message):
             bench.main([*flags, *more])
     assert json.loads(out.read_text()) == results

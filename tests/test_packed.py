@@ -150,7 +150,7 @@ def test_the_ticket_of_a_run(run_TD, capsys):
     assert header["state"] == 2 and header["sha256"] == file_checksum(source)
     assert header["class_order"] == run_TD["class_order"]
     assert header["class_names"] == run_TD["class_names"]
-    assert header["command"].startswith("main_TD.py ")
+    assert header["command"].startswith("main_TD.py")  # pytest-xdist leaves no arguments
     assert (header["dataset"], header["image_size"]) == ("digits", [32, 32])
     assert not [key for key in header if header[key] is None]
     # back, and there again, without the run's folder
