@@ -178,6 +178,9 @@ def test_the_ticket_of_a_run(run_TD, capsys):
         call = ["--pretrained", "ticket.npz", *flags, f"--{flag}", value]
         check_error(partial(test_script.main, call), f"--{flag} {value}", "ticket.npz")
     check_error(lambda: test_script.main(["--pretrained", "ticket.npz"]), "add --pruned")
+    call = [source, "--dataset", "cifar10", "--out", "other.npz"]
+    check_error(partial(run_pack, *call), "--dataset cifar10", "is of digits")
+    assert not Path("other.npz").exists()
     # by default on the tasks that it has learned
     run_pack("TD/task1_best_model.pt", "--out", "first.npz")
     assert test_script.main(["--pretrained", "first.npz"])["states"][0]["state"] == 1

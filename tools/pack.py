@@ -166,6 +166,11 @@ def describe_run(path, args, flags):
     """
     record, journal = read_records(path)
     config = record.get("config", {})
+    if flags.dataset and config.get("dataset", flags.dataset) != flags.dataset:
+        raise UserError(
+            f"--dataset {flags.dataset}: the run of {path} is of {config['dataset']}, leave the "
+            f"flag out"
+        )
     args.dataset = flags.dataset or config.get("dataset")
     args.data, args.class_order = flags.data or config.get("data"), flags.class_order
     if (flags.state or 1) > args.classifiers:

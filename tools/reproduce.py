@@ -8,9 +8,9 @@
 
 For each of three seeds, in order of worth: the top-down tickets and the dense network; the
 bottom-up tickets, those of tasks 3 and 5 retrained (task-rewound), and their controls; the dense
-network without lottery teaching; last, bottom-up tickets selected on test images. Medium and full
-also prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs. At
-the end the records are copied to DIR/results and compared there (tools/report.py).
+network without lottery teaching; last, bottom-up tickets selected on test images. All sizes but
+small also prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs.
+At the end the records are copied to DIR/results and compared there (tools/report.py).
 
 Elsewhere than on this machine (docs/cluster.md), prepare the data and run the plan piece by piece:
 
@@ -384,7 +384,7 @@ def run_all(jobs, args):
 def copy_records(args):
     """Copy the records of all runs with a result to DIR/results.
 
-    Returns the arguments with which tools.report compares them.
+    Returns the arguments with which tools.report compares them. Raises UserError without any.
     """
     folders = set()
     found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
@@ -396,6 +396,8 @@ def copy_records(args):
             if epochs_path(path).exists():
                 shutil.copyfile(epochs_path(path), epochs_path(copy))
             folders.add(str(copy.parent))
+    if not folders:
+        raise UserError(f"--out {args.out}: holds no results yet; run the plan first")
     return [*sorted(folders), "--out", str(args.out / "results")]
 
 
