@@ -285,6 +285,7 @@ def test_a_data_set_that_cannot_be_prepared(monkeypatch):
         (["--chain", "15"], "--chain 15: these flags make 15 chains, give 0 to 14"),
         (["--chain", "0"], "--data reproduce/data: holds no prepared data set; run .* --prepare"),
         (["--status"], "--out reproduce: no such folder"),
+        (["--report"], "--out reproduce: holds no results yet"),
     ],
 )
 def test_bad_input_gives_one_line(tmp_path, monkeypatch, flags, message):
