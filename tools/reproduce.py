@@ -384,7 +384,7 @@ def run_all(jobs, args):
 def copy_records(args):
     """Copy the records of all runs with a result to DIR/results.
 
-    Returns the arguments with which tools.report compares them. Raises UserError without any.
+    Returns the arguments with which tools.report compares them.
     """
     folders = set()
     found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
@@ -396,8 +396,6 @@ def copy_records(args):
             if epochs_path(path).exists():
                 shutil.copyfile(epochs_path(path), epochs_path(copy))
             folders.add(str(copy.parent))
-    if not folders:
-        raise UserError(f"--out {args.out}: holds no results yet; run the plan first")
     return [*sorted(folders), "--out", str(args.out / "results")]
 
 
@@ -420,7 +418,10 @@ def main(argv=None):
     elif args.status:
         status.show(jobs, args.out, [log_path(args, job.name) for job in jobs])
     elif args.report:
-        report.main(copy_records(args))
+        *folders, _, _ = arguments = copy_records(args)
+        if not folders:
+            raise UserError(f"--out {args.out}: holds no results yet; run the plan first")
+        report.main(arguments)
     elif args.chain is not None:
         chain = chain_of(jobs, args.chain)
         check_data(args)
