@@ -46,6 +46,8 @@ def read(folder):
     """The data set and the last task's best model of a run of main_CIL.py, and its task."""
     results = report.read(folder)[0]
     args = argparse.Namespace(**results["config"])
+    if dataset.DATASETS[args.dataset].embedded:
+        args.data = None  # recorded is its file
     device, t = utils.pick_device(args), results["states"][-1]["state"]
     path = Path(folder) / f"task{t}_best_model.pt"
     data = dataset.load(args, device, checkpoint=path, pool=False, parts=("train", "test"))

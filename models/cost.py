@@ -43,10 +43,15 @@ def cost(args, size, densities):
         checkpoint_bytes += 4 * prunable
         bits = sum(-(-layers[name][0] // 8) for name in densities)  # whole bytes of each
         packed_bytes += bits - 4 * (prunable - kept)
+    return as_record(left, layers, checkpoint_bytes, packed_bytes)
+
+
+def as_record(left, dense, checkpoint_bytes, packed_bytes):
+    """The dict of cost(). left, dense: layers, as dense_layers() has them."""
     return {
         "weights": weights(left),
         "macs": macs(left),
-        "macs_percent": 100 * macs(left) / macs(layers),
+        "macs_percent": 100 * macs(left) / macs(dense),
         "checkpoint_bytes": checkpoint_bytes,
         "packed_bytes": packed_bytes,
     }
@@ -57,13 +62,7 @@ def shrunk_cost(args, model):
     layers = layers_of(model, model.size)
     dense, _ = dense_layers(*described(args), model.size)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return {
-        "weights": weights(layers),
-        "macs": macs(layers),
-        "macs_percent": 100 * macs(layers) / macs(dense),
-        "checkpoint_bytes": size,
-        "packed_bytes": size,
-    }
+    return as_record(layers, dense, size, size)
 
 
 def layer_macs(args, size, densities):

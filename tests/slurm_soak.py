@@ -10,7 +10,6 @@ partition preempts all elements, or one of them is requeued, or gets SIGUSR1, SI
 the end every file must equal that of an undisturbed run, byte for byte (except for times).
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -25,6 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import soak
 from processes import ROOT
 from soak import outcome
 
@@ -202,10 +202,7 @@ def report(folder, reference, found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--stops", type=int, default=30, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
-    args = parser.parse_args()
+    args = soak.parse(__doc__, "--stops", 30)
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if os.geteuid() or missing:
         reason = f"found no {', '.join(missing)}" if missing else "is not run as root"
@@ -228,8 +225,7 @@ def main():
                 if failed:
                     break
     print(f"{stops} stops in {time.monotonic() - start:.0f} s")
-    print("all runs ended as the undisturbed ones" if not failed else f"{failed} runs differ")
-    sys.exit(failed > 0)
+    soak.end(failed)
 
 
 if __name__ == "__main__":

@@ -114,11 +114,22 @@ def kill_until_done(scripts, command, folder, draw, longest, kills):
     return killed, in_a_write
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=120, help="(default %(default)s)")
+def parse(description, flag, count):
+    """The arguments of a soak: --seed, and its number of stops under the name `flag`."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser.add_argument(flag, type=int, default=count, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def end(failed):
+    """Say whether all runs ended as undisturbed ones, and exit. failed: how many did not."""
+    print(f"{failed} runs differ" if failed else "all runs ended as the undisturbed ones")
+    sys.exit(failed > 0)
+
+
+def main():
+    args = parse(__doc__, "--kills", 120)
     scripts, draw = processes.Server(), random.Random(args.seed)
     kills, in_a_write, failed, start = 0, 0, 0, time.monotonic()
     print(f"{'script':<8} {'kills':>6} {'in a write':>11} {'files':>6}  equal", flush=True)
@@ -142,9 +153,8 @@ def main():
                 print(f"{name:<8} {found[0]:>6} {found[1]:>11} {files:>6}  {equal}", flush=True)
             shutil.rmtree(killed)
     scripts.close()
-    print(f"{kills} kills, {in_a_write} of them in a write, in {time.monotonic() - start:.0f} s; ")
-    print("all runs ended as the uninterrupted ones" if not failed else f"{failed} runs differ")
-    sys.exit(failed > 0)
+    print(f"{kills} kills, {in_a_write} of them in a write, in {time.monotonic() - start:.0f} s")
+    end(failed)
 
 
 if __name__ == "__main__":

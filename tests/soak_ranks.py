@@ -8,7 +8,6 @@ otherwise the ranks are forked as in test_ranks.py, which is faster, and nobody 
 them. In the end every file must equal that of the uninterrupted run, as in soak.py. Linux only.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import processes
+import soak
 from soak import outcome
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +99,7 @@ def kill_once(scripts, command, folder, draw, longest):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
-    args = parser.parse_args()
+    args = soak.parse(__doc__, "--kills", 50)
     draw, scripts, start = random.Random(args.seed), processes.Server(), time.monotonic()
     kills, runs, failed, slowest = Counter(), 0, 0, 0.0
     with tempfile.TemporaryDirectory() as root:
@@ -131,9 +128,9 @@ def main():
             print(f"{name}: finished, {len(expected[name])} files, equal: {equal}", flush=True)
             shutil.rmtree(folder)
     scripts.close()
-    print(f"{dict(kills)} in {runs} runs, {time.monotonic() - start:.0f} s; others ended within")
-    print(f"{slowest:.1f} s; {failed} runs differ from the uninterrupted ones")
-    sys.exit(failed > 0)
+    print(f"{dict(kills)} in {runs} runs, {time.monotonic() - start:.0f} s")
+    print(f"the others ended within {slowest:.1f} s")
+    soak.end(failed)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 import dataset
+import main_CIL
+import main_train
 import pruning_utils
 import teaching
 import trainer
+from models.base import LifelongNet
 from runtime import threads
 from runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import batchnorm
 import bench
 import machine
 import precision
@@ -238,3 +242,26 @@ def test_overlap_and_comparison_of_runs(tmp_path, capsys):
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match="no finished run"):
         precision.main([str(folder)])
+
+
+def test_other_statistics_of_a_run(tmp_path, monkeypatch, capsys):
+    """`running` is what the run recorded; `own` takes each half from its own statistics."""
+    flags = "--dataset digits --classifiers 2 --width 2 --epochs 1 --batch_size 32 --device cpu"
+    folder = str(tmp_path / "run")
+    states = main_CIL.main([*flags.split(), "--no_teaching", "--save_dir", folder])["states"]
+    (found,) = batchnorm.main([folder])
+    assert found["running"] == tuple(states[1]["accuracy"][::-1])
+    assert found["own"][0] == found["new"][0]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == [*found]
+    data, model, _, _ = batchnorm.read(folder)
+    images = data.of_tasks(data.train, 1, 2)[0][:50]
+    batchnorm.use_statistics(model, images, data)
+    first = model.conv1(dataset.normalize(images, data))  # what layer1.0.bn1 normalizes
+    torch.testing.assert_close(model.layer1[0].bn1.running_mean, first.mean((0, 2, 3)))
+    seen = []
+    monkeypatch.setattr(
+        main_train, "main", lambda _: model.features(first[:4, :3], ((1, 1), (3, 2)))
+    )
+    monkeypatch.setattr(LifelongNet, "features", lambda self, x, groups: seen.append(groups))
+    batchnorm.main(["--merged"])
+    assert seen == [((4, 1),)]

@@ -1,6 +1,7 @@
 """Packed files: bit for bit there and back, their size, what they tell, and who reads them."""
 
 import json
+import shutil
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_the_ticket_of_a_run(run_TD, capsys):
         call = ["--pretrained", "ticket.npz", *flags, f"--{flag}", value]
         check_error(partial(test_script.main, call), f"--{flag} {value}", "ticket.npz")
     check_error(lambda: test_script.main(["--pretrained", "ticket.npz"]), "add --pruned")
+    # away from its run, what the file lacks can be named afterwards
+    shutil.copy(source, "away.pt")
+    assert run_pack("away.pt", "--out", "away.npz")["dataset"] is None
+    named = run_pack("away.npz", "--dataset", "digits", "--state", "2", "--out", "named.npz")
+    assert (named["mean"], named["image_size"]) == (header["mean"], header["image_size"])
+    assert (named["dataset"], named["state"]) == ("digits", 2)
+    call = ["named.npz", "--dataset", "digits", "--out", "other.npz"]
+    check_error(partial(run_pack, *call), "tells it itself")
     call = [source, "--dataset", "cifar10", "--out", "other.npz"]
     check_error(partial(run_pack, *call), "--dataset cifar10", "is of digits")
     assert not Path("other.npz").exists()

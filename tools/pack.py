@@ -144,10 +144,7 @@ def describe(path, header, found, flags):
         if header is None:
             header = {"half": False} | found | describe_run(path, Namespace(**found), flags)
         else:
-            for key in DESCRIBING:
-                if (given := vars(flags)[key]) is not None:
-                    raise UserError(f"--{key} {given}: {path} tells it itself, leave the flag out")
-            header = header | found
+            header = header | found | describe_unknown(path, header, found, flags)
         if flags.mask:
             header["accuracy"] = None  # was of another network
         packed.complete(header)
@@ -157,6 +154,27 @@ def describe(path, header, found, flags):
             f"give another copy"
         ) from None
     return header
+
+
+def describe_unknown(path, header, found, flags):
+    """The fields that a packed file lacks and the flags tell; header, found: as in describe()."""
+    for key in DESCRIBING:
+        field = "state" if key == "state" else "dataset"
+        if (given := vars(flags)[key]) is not None and header[field] is not None:
+            raise UserError(f"--{key} {given}: {path} tells it itself, leave the flag out")
+    check_state(flags, found)
+    told = {"state": flags.state} if flags.state else {}
+    if flags.dataset:
+        names = ("dataset", "data", "class_order")
+        args = Namespace(**found, **{name: vars(flags)[name] for name in names})
+        told |= describe_set(path, args, {})
+    return told
+
+
+def check_state(flags, found):
+    """Raise UserError if --state is no task of the network; found: as in describe()."""
+    if (flags.state or 1) > found["classifiers"]:
+        raise UserError(f"--state {flags.state}: give a task from 1 to {found['classifiers']}")
 
 
 def describe_run(path, args, flags):
@@ -173,8 +191,7 @@ def describe_run(path, args, flags):
         )
     args.dataset = flags.dataset or config.get("dataset")
     args.data, args.class_order = flags.data or config.get("data"), flags.class_order
-    if (flags.state or 1) > args.classifiers:
-        raise UserError(f"--state {flags.state}: give a task from 1 to {args.classifiers}")
+    check_state(flags, vars(args))
     of_task = re.search(r"task([1-9]\d*)_", Path(path).name)
     checksum = file_checksum(path)
     command = [record["script"] + ".py", *journal["command"]] if journal.get("finished") else None

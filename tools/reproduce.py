@@ -45,12 +45,12 @@ POLL_SECONDS = 0.2
 class Size(NamedTuple):
     about: str  # for --help
     out: str  # default of --out
-    data: str | None  # flags of dataset.py; None: an embedded set, which needs no preparation
-    train: str  # flags of every run
-    prune: str  # of main_TD and main_BU
-    bottom_up: str  # of main_BU
-    more: bool  # also the control of TD and the upper bound
-    jobs: int | None  # default of --jobs; None: one a core
+    data: str | None = ""  # flags of dataset.py; None: an embedded set, which needs no preparation
+    train: str = ""  # flags of every run
+    prune: str = ""  # of main_TD and main_BU
+    bottom_up: str = ""  # of main_BU
+    more: bool = True  # also the control of TD and the upper bound
+    jobs: int | None = 1  # default of --jobs; None: one a core
 
 
 # One pruning of 36 % replaces two of 20 %, and --base_sparsity keeps task 1's ticket at or below
@@ -75,23 +75,11 @@ SIZES = {
     "medium": Size(
         about="all of CIFAR-10, width 16, 10 epochs",
         out="reproduce_medium",
-        data="",
         train="--arch resnet18 --width 16 --epochs 10 --decreasing_lr 6,8 --lr 0.02",
         prune="--iter_epochs 2",
         bottom_up=BOTTOM_UP,
-        more=True,
-        jobs=1,
     ),
-    "full": Size(
-        about="the published protocol",
-        out="reproduce_full",
-        data="",
-        train="",
-        prune="",
-        bottom_up="",
-        more=True,
-        jobs=1,
-    ),
+    "full": Size(about="the published protocol", out="reproduce_full"),
     "rehearsal": Size(
         about="the same runs on the embedded digits, to try a machine",
         out="reproduce_rehearsal",
@@ -99,7 +87,6 @@ SIZES = {
         train="--dataset digits --device cpu --width 2 --epochs 1 --lr 0.05 --batch_size 64",
         prune="--iter_epochs 1",
         bottom_up="--percent 0.8 --max_iter_prun 3 --base_sparsity 95",
-        more=True,
         jobs=None,
     ),
 }
