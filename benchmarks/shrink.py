@@ -61,7 +61,7 @@ def read(path):
     header, model = read_network(path)
     require(path, header, "mean", "std", "image_size")
     if packed.is_shrunk(header):
-        raise UserError(f"{path}: is shrunk already, give what it was shrunk from")
+        raise UserError(f"{path}: is a shrunk network, give the file it was made from")
     size, state = tuple(header["image_size"]), header["state"] or header["classifiers"]
     _, full = read_network(path)
     for each in (model, full):

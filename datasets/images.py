@@ -87,6 +87,8 @@ def read_image(source, name, side):
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         most = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
         raise UserError(f"{label}: has more than {most}; shrink or remove it") from None
+    except FileNotFoundError:
+        raise UserError(f"{label}: no such file, give an image") from None
     except Exception as error:  # a damaged file can raise anything
         reason = first_line(error)
         if isinstance(error, UnidentifiedImageError):  # its message shows the file object

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 
@@ -66,9 +67,11 @@ def load_checkpoint(path):
             check_legacy_storages(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, give a checkpoint") from None
-    except UserError:
-        raise
     except Exception as error:  # a hostile or damaged file can raise anything
+        if Path(path).suffix == ".npz":
+            raise UserError(f"{path}: not a packed file of tools.pack, give another file") from None
+        if isinstance(error, UserError):
+            raise
         if isinstance(error, pickle.UnpicklingError) and error.__context__:
             error = error.__context__  # without the advice to load the file unsafely
         reason = first_line(error).partition(". ")[0]
@@ -119,8 +122,8 @@ def read_state_dict(path):
         header, state = packed.read(path)
         if packed.is_shrunk(header):
             raise UserError(
-                f"{path}: is a shrunk network, which can only be evaluated; give the checkpoint or "
-                f"the packed ticket that it was"
+                f"{path}: is a shrunk network, which can only be evaluated; give the file that "
+                f"it was made from"
             )
         return state
     return state_dict_of(load_checkpoint(path), path)

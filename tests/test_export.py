@@ -35,6 +35,7 @@ HEADER = {
     "std": [*SPEC.std],
     "image_size": [32, 32],
     "state": 2,
+    "accuracy": [90.0, 80.0],  # test, percent
 }
 
 
@@ -98,7 +99,7 @@ def test_a_shrunk_file(ticket, capsys):
     )
     for flag in ("--shrink", "--unpack"):
         again = ["shrunk.npz", flag, "--out", "again.npz"]
-        check_rejected(lambda again=again: run_pack(*again), "is shrunk already")
+        check_rejected(lambda again=again: run_pack(*again), "is a shrunk network")
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -127,6 +128,7 @@ def test_onnx(ticket, flags, capsys):
     assert "compared with PyTorch on 120 test images" in capsys.readouterr().out
     properties = {each.key: each.value for each in onnx.load("model.onnx").metadata_props}
     assert json.loads(properties["class_names"]) == ["4", "2", "7", "6"]
+    assert json.loads(properties["accuracy"]) == HEADER["accuracy"]
     session = runtime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     mean, std = (np.array(HEADER[key], np.float32) for key in ("mean", "std"))
@@ -144,7 +146,9 @@ def test_pt2(ticket):
     run_export("shrunk.npz", "--out", "model.pt2", "--state", "3")
     extra = {"metadata.json": ""}
     module = torch.export.load("model.pt2", extra_files=extra).module()
-    assert json.loads(extra["metadata.json"])["class_names"] == HEADER["class_names"]
+    metadata = json.loads(extra["metadata.json"])
+    assert metadata["class_names"] == HEADER["class_names"]
+    assert metadata["state"] == 3 and "accuracy" not in metadata
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     expected = export.Predictor(ticket, HEADER, 3)(images)
     torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-5)
@@ -178,6 +182,8 @@ def test_what_is_missing(monkeypatch):
         check_rejected(lambda: run_export("unknown.npz", "--out", "a.pt2"), message)
     check_rejected(lambda: run_pack("unknown.npz", "--shrink", "--out", "a.npz"), message)
     check_rejected(lambda: run_pack("none.npz", "--out", "ticket.npz"), "none.npz: no such file")
+    Path("text.npz").write_text("x")
+    check_rejected(lambda: run_pack("text.npz", "--out", "a.npz"), "text.npz: not a packed file")
     packed.write("cifar.npz", header | {"dataset": "cifar10", "image_size": [32, 32]}, state)
     message = "--data .: holds neither a prepared cifar10 set"
     check_rejected(lambda: run_export("cifar.npz", "--out", "a.pt2", "--data", "."), message)

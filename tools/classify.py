@@ -53,7 +53,7 @@ def table(names, shares, classes, top):
     top = min(top, len(classes))
     width = max(5, *map(len, names))
     cell = max(11, *(len(name) + 9 for name in classes))
-    heads = ["class", *(f"{number}." for number in range(2, top + 1))]
+    heads = ["class", "2nd", "3rd", *(f"{number}th" for number in range(4, top + 1))][:top]
     lines = ["image".ljust(width) + "".join(f"  {head:<{cell}}" for head in heads)]
     for name, row in zip(names, shares):
         best = row.topk(top)

@@ -235,6 +235,16 @@ def check(args, predictor, content, images, what):
 # ------------------------------------------------------------------------------ the command
 
 
+def describe_exported(header, state):
+    """The metadata of an export that chooses among the classes of tasks 1..state, a dict."""
+    known = {key: value for key, value in header.items() if key != "shapes" and value is not None}
+    if state != header["state"]:
+        known.pop("accuracy", None)  # was measured among other classes
+    classes = state * header["classes_per_classifier"]
+    chosen = {key: known[key][:classes] for key in ("class_order", "class_names") if key in known}
+    return known | chosen | {"state": state}
+
+
 def main(argv=None):
     args = parse(argv)
     data = None if packed.is_packed(args.checkpoint) else args.data  # it tells its set itself
@@ -253,18 +263,13 @@ def main(argv=None):
         header, shrunk = shrink(args.checkpoint, header, model)
         print(savings(model, shrunk))
         exported = Predictor(shrunk.eval(), header, state)
-    metadata = {
-        key: value for key, value in header.items() if key != "shapes" and value is not None
-    }
     classes = state * header["classes_per_classifier"]
-    if header["class_names"]:
-        metadata["class_names"] = header["class_names"][:classes]
     height, width = header["image_size"]
     dtype = "float32" if args.float_input else "uint8"
     example = torch.zeros(2, height, width, 3, dtype=getattr(torch, dtype))
     with quiet():
         write = to_onnx if args.out.endswith(".onnx") else to_pt2
-        content = write(exported, example, metadata)
+        content = write(exported, example, describe_exported(header, state))
     if not args.no_check:
         check(args, predictor, content, images, what)
     atomic_write(args.out, lambda file: file.write(content))

@@ -333,7 +333,7 @@ def main(argv=None):
         raise UserError("--shrink: leave out --half, a shrunk network is float32")
     header, model = read_network(args.checkpoint, args)
     if packed.is_shrunk(header):
-        raise UserError(f"{args.checkpoint}: is shrunk already, give what it was shrunk from")
+        raise UserError(f"{args.checkpoint}: is a shrunk network, give the file it was made from")
     if args.shrink:
         header, shrunk = shrink(args.checkpoint, header, model)
         packed.write(args.out, header, shrunk.state_dict())
@@ -343,7 +343,9 @@ def main(argv=None):
         header["half"] |= args.half
         packed.write(args.out, header, model.state_dict())
     unknown = [key for key in header if header[key] is None]
-    print(f"{header['kind']}, {header['arch']}, width {header['width']}: {header['density']:.2f} %")
+    half = ", convolution weights as float16" * header["half"]
+    network = f"{header['kind']}, {header['arch']}, width {header['width']}"
+    print(f"{network}: {header['density']:.2f} %{half}")
     print(f"unknown: {', '.join(unknown) or 'nothing'}")
     if args.shrink:
         print(savings(model, shrunk))
