@@ -79,7 +79,8 @@ def kill_once(scripts, command, folder, draw, longest):
         pids, out = children(process), folder / "out.txt"
     else:
         pids, out = scripts.start(command.split(), folder, ranks=2), Path(scripts.texts[0].name)
-    if draw.random() < 0.9:  # otherwise the kill may come while they start
+    # Before ranks have found each other only torchrun ends them; they would wait 5 minutes.
+    if not under_torchrun or draw.random() < 0.7:
         wait_for_text(out, "  folder ", pids[0])
     time.sleep(moment)
     victim = pids[target] if target < 2 else process.pid
@@ -113,8 +114,10 @@ def main():
         while sum(kills.values()) < args.kills:
             name = [*COMMANDS][runs % 2]
             folder.mkdir()
+            longest = seconds[name] / 6
             while True:
-                found = kill_once(scripts, COMMANDS[name], folder, draw, seconds[name] / 6)
+                found = kill_once(scripts, COMMANDS[name], folder, draw, longest)
+                longest *= 1.05  # so that it ends on a machine that has become slower
                 killed, slowest = found[0], max(slowest, found[1])
                 if not killed:
                     break
