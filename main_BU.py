@@ -146,7 +146,7 @@ def take_ticket(run, t, find, *arguments):
         run.finish(step, *files, regrown=bool(state) and t > 1, rounds=rounds)
         run.log(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
     run.discard_steps(f"task{t}_round")
-    masks = pruning_utils.load_masks(run.path(mask))
+    masks = pruning_utils.extract_mask(run.load(mask))
     if not run.result(f"task{t + 1}_ticket"):  # the newest
         run.save("current_mask.pt", pruning_utils.save_masks, masks)
     return masks, run.result(step)

@@ -156,8 +156,9 @@ def soft_label_files(args, t):
     return [Path(args.save_data_path) / f"task{t - 1}_{name}.npy" for name in names]
 
 
+@ranks.on_rank0
 def load_soft_labels(data, args, t):
-    """What task t learns from the teacher of task t-1: images, logits, logits_main.
+    """What task t learns from the teacher of task t-1: images, logits, logits_main, on the CPU.
 
     None for t = 1 and with --no_teaching. images: uint8 [n,H,W,3], or float32 [n,3,H,W] from
     published files; logits float32 [n,(t-1)c]. Raises UserError when a file is missing, does not
@@ -189,7 +190,7 @@ def load_soft_labels(data, args, t):
     for path, array in zip(paths, (images, *labels)):
         if not np.isfinite(array).all():
             raise UserError(f"{path}: not finite, give another file")
-    images, *labels = (torch.from_numpy(array).to(data.pool.device) for array in (images, *labels))
+    images, *labels = map(torch.from_numpy, (images, *labels))
     if images.dtype == torch.uint8:
         images = images.permute(0, 2, 3, 1)
     # fewer columns than the heads of tasks 1..t-1: zeros fill the rest, as published
@@ -216,4 +217,6 @@ def build_task(data, args, t, memory=None):
 
     memory: as in make_task().
     """
-    return make_task(data, t, load_soft_labels(data, args, t), memory)
+    if unlabeled := load_soft_labels(data, args, t):
+        unlabeled = tuple(each.to(data.pool.device) for each in unlabeled)
+    return make_task(data, t, unlabeled, memory)
