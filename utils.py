@@ -53,7 +53,9 @@ def rank_device(args, count):
         )
     if args.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {args.device}: under torchrun give auto, cpu or cuda")
-    if args.device == "cpu" or (args.device == "auto" and not count):
+    kind = "cuda" if args.device == "cuda" or (args.device == "auto" and count) else "cpu"
+    ranks.compare({f"--device {args.device}": kind})  # else some would wait for the others forever
+    if kind == "cpu":
         return torch.device("cpu")
     if count < processes:
         raise UserError(

@@ -65,9 +65,7 @@ def start():
     for signum in handlers:  # PyTorch waits in C++, where none of them would run
         signal.signal(signum, signal.SIG_DFL)
     try:
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        ):  # else rank 0 will listen there
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # else rank 0 will listen
             socket.create_connection(address).close()  # refused at once if torchrun is gone
         _store, _rank, _world = next(dist.rendezvous("env://", timeout=START))
         options = {"store": _store, "rank": _rank, "world_size": _world, "timeout": TIMEOUT}
@@ -169,7 +167,7 @@ def on_rank0(function):
         if world() == 1:
             return function(*args, **kwargs)
         if _rank:
-            answer = say(None)
+            answer = broadcast(None)
             if "ended" in answer:
                 raise Ended(answer["ended"])
             return answer["result"]
@@ -179,16 +177,16 @@ def on_rank0(function):
         except BaseException as error:
             _alone = False
             with contextlib.suppress(RuntimeError):  # the others have ended before
-                say({"ended": getattr(error, "status", 1)})
+                broadcast({"ended": getattr(error, "status", 1)})
             raise
         _alone = False
-        say({"result": result})
+        broadcast({"result": result})
         return result
 
     return call
 
 
-def say(value, source=0):
+def broadcast(value, source=0):
     """The value of rank `source`, on all ranks."""
     import torch
     import torch.distributed as dist
@@ -259,11 +257,11 @@ def compare(settings):
     """Raise UserError unless all ranks have the same settings, {name: plain value}."""
     if world() == 1:
         return
-    theirs = say(settings)
+    theirs = broadcast(settings)
     differing = [name for name in settings if settings[name] != theirs.get(name)]
     (number,) = agree(_rank if differing else 0)
     if number:
-        names = ", ".join(say(differing, number))
+        names = ", ".join(broadcast(differing, number))
         raise UserError(
             f"{names}: rank {number} has another value or content than rank 0; start all ranks "
             f"with the same command, on the same files"

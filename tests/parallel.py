@@ -86,7 +86,7 @@ def query(out):
 
 
 def change(what, flags, load=dataset.load):
-    """The flags of this rank, when `what` is wrong: flags of rank 1, or images."""
+    """The flags of this rank, when `what` is wrong: flags of rank 1, images, or its GPUs."""
 
     def changed(*args, **kwargs):
         data = load(*args, **kwargs)
@@ -96,9 +96,12 @@ def change(what, flags, load=dataset.load):
             data.test[data.order[0]][0] += 1
         return data
 
+    if what == "GPUs":
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2 * ranks.rank()
+        return flags
     if what in ("few images", "other images"):
         dataset.load = changed
-        return [flag for flag in flags if flag not in what.split()]
+        return flags
     return [*flags, *what.split()] if ranks.rank() else flags
 
 

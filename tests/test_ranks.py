@@ -144,6 +144,7 @@ def test_all_ranks_end_when_one_is_stopped(scripts, tmp_path):
 BAD = {  # what the ranks are given: (flags, of rank 1 where they differ), and the line
     "no GPU of one's own": ("--gpu 0", None, "--gpu 0: under torchrun each process takes"),
     "device": ("--device mps", None, "--device mps: under torchrun give auto, cpu or cuda"),
+    "devices": ("--device auto", "GPUs", "--device auto: rank 1 has another value or content"),
     "flag": ("--lr 0.1", "--lr 0.2", "--lr: rank 1 has another value or content than rank 0"),
     "data": ("", "other images", "--data: rank 1 has another value or content than rank 0"),
     "one has an error": ("", "--data nowhere", "rank 1: --data nowhere: digits is part of this"),
