@@ -82,12 +82,18 @@ def lock_folder(folder, flag, prefix=""):
 def check(path, flag):
     """Raise UserError if another process has taken the folder of this lock since."""
     found, name = read_owner(path)
-    if found and name != LOCKS[path][1]:
-        host, pid = found
+    if name == LOCKS[path][1]:
+        return
+    if not found:  # the other one may have left, with its name
         raise UserError(
-            f"--{flag} {path.parent}: process {pid} on {host} works in it too, past the lock of "
-            f"this file system; this one stops, and the other one has what is saved"
+            f"--{flag} {path.parent}: its {owner_path(path).name} is gone, so that another process "
+            f"was in it past the lock, or it was removed; give the same command to resume"
         )
+    host, pid = found
+    raise UserError(
+        f"--{flag} {path.parent}: process {pid} on {host} works in it too, past the lock of this "
+        f"file system; this one stops, and the other one has what is saved"
+    )
 
 
 def leave(path):

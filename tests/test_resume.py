@@ -28,7 +28,7 @@ import torch
 import pruning_utils
 import trainer
 from models import build_model
-from runtime import process
+from runtime import locks, process
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import Run, json_checksum
@@ -635,6 +635,14 @@ def test_without_locks_the_first_of_two_stops(reference, tmp_path, body):
     assert second.communicate()[1] == "" and second.returncode == 0
     assert soak.outcome(tmp_path / "run") == soak.outcome(reference[0] / "TD" / "run")
     assert not [*tmp_path.rglob(".owner")]
+
+
+def test_a_second_process_that_has_left_is_noticed(tmp_path):
+    path = locks.lock_folder(tmp_path, "save_dir")
+    locks.check(path, "save_dir")
+    locks.owner_path(path).unlink()
+    with pytest.raises(UserError, match="--save_dir .*: its .owner is gone, so that another"):
+        locks.check(path, "save_dir")
 
 
 # ------------------------------------------------------------------------------ the same bits
