@@ -8,6 +8,7 @@
 A program of its own, because the ranks are processes.
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -113,6 +114,9 @@ def main():
     if script == "rank 1:":
         what, script, *flags = flags
         flags = change(what, flags)
+    if ranks.rank():  # rank 0 alone reads and writes the run's folder
+        os.makedirs("elsewhere", exist_ok=True)
+        os.chdir("elsewhere")
     make_model = trainer.make_model
     trainer.make_model = lambda *args: make_model(*args).double()
     return importlib.import_module(script.removesuffix(".py")).main(flags)

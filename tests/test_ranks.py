@@ -67,6 +67,7 @@ def test_a_run_of_ranks_is_that_of_one_process(command, scripts, tmp_path):
         assert ended.out.count("records: run/results.json") == 1, ended  # rank 0 alone prints
     wanted, found = (decisions(tmp_path / str(ranks) / "run") for ranks in (1, 2))
     assert found == wanted
+    assert not [*(tmp_path / "2/elsewhere").iterdir()]  # where rank 1 is
     assert sum("weight_mask" in name for name in found) > 100 and len(found["records"]) > 1000
 
 
