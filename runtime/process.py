@@ -88,15 +88,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 _held = False  # whether signals wait for check_signals()
-_pending = None  # the signal that waits
+_pending = None  # the signal that waits for check_signals()
 _arrived = set()  # all of this run
 
 
 def on_signal(signum, frame):
-    """Raise Interrupted, or keep the signal for check_signals() while signals are held.
+    """Keep the signal for check_signals(), and raise Interrupted unless signals are held.
 
-    The first signal counts. A second Ctrl-C ends the process at once, also while it saves its
-    progress. Others do not: a scheduler sends SIGTERM to all processes of a job, and those that
+    It is kept in any case, since Python ignores exceptions in some places, such as the locks of
+    imports. The first signal counts. A second Ctrl-C ends the process at once, also while it saves
+    its progress. Others do not: a scheduler sends SIGTERM to all processes of a job, and those that
     have children pass it on.
     """
     global _pending
@@ -104,10 +105,10 @@ def on_signal(signum, frame):
         os._exit(128 + signum)
     first = not _arrived
     _arrived.add(signum)
-    if first and not _held:
-        raise Interrupted(signum)
     if first:
         _pending = signum
+    if first and not _held:
+        raise Interrupted(signum)
 
 
 @contextlib.contextmanager

@@ -245,6 +245,23 @@ def test_the_first_signal_counts(signum, capsys):
     assert f"stopped by {signum.name}; give" in err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_where_python_ignores_exceptions_is_not_lost(capsys):
+    class Stopped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def main():
+        Stopped()
+        print("ignored", flush=True)
+        process.check_signals()
+
+    with pytest.raises(SystemExit) as end:
+        process.run_script(main)
+    assert end.value.code == 143 and capsys.readouterr().out == "ignored\n"
+
+
 WAITS = """
 import pathlib, time
 from runtime import process
