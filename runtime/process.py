@@ -121,24 +121,25 @@ def hold_signals():
     finally:
         _held = outer
     if not outer:
-        raise_pending()
+        interrupt(_pending)
 
 
-def raise_pending(signum=0):
-    """Raise Interrupted if a signal is waiting here, or for one of another rank."""
+def interrupt(signum):
+    """Raise Interrupted for a signal that has waited, if there is one."""
     global _pending
-    signum, _pending = _pending or signum, None
     if signum:
+        _pending = None
         raise Interrupted(signum)
 
 
 def check_signals(due=False):
     """Raise Interrupted if a signal is waiting: on all ranks, if it is on one.
 
-    Returns whether anything is due on any rank.
+    One that arrives meanwhile waits for the next call, or this rank would raise alone. Returns
+    whether anything is due on any rank.
     """
     signum, due = ranks.agree(_pending or 0, due)
-    raise_pending(signum)
+    interrupt(signum)
     return due
 
 

@@ -28,7 +28,7 @@ import torch
 import pruning_utils
 import trainer
 from models import build_model
-from runtime import locks, process
+from runtime import locks, process, ranks
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import Run, json_checksum
@@ -260,6 +260,28 @@ def test_a_signal_where_python_ignores_exceptions_is_not_lost(capsys):
     with pytest.raises(SystemExit) as end:
         process.run_script(main)
     assert end.value.code == 143 and capsys.readouterr().out == "ignored\n"
+
+
+def test_a_signal_that_ranks_have_not_agreed_on_waits(monkeypatch, capsys):
+    """If it arrived on one rank during the agreement, this rank would stop alone."""
+
+    def agree(*values):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return values
+
+    def main():
+        with process.hold_signals():
+            with monkeypatch.context() as patch:
+                patch.setattr(ranks, "agree", agree)
+                process.check_signals()
+            print("went on", flush=True)
+            process.check_signals()
+            print("not here")
+
+    with pytest.raises(SystemExit) as end:
+        process.run_script(main)
+    assert end.value.code == 143 and capsys.readouterr().out == "went on\n"
 
 
 WAITS = """
