@@ -5,7 +5,7 @@
 #                   GPU; FLAGS=...: more flags, such as --status)
 # make gpu          on a CUDA device, in half an hour (MINUTES=30): tests, benchmark, profile, and as
 #                   much of the published protocol as the time allows; again: resumes it
-# make soak         kill runs at random moments, 120 times, and 50 times under torchrun, and compare
+# make soak         stop runs at random moments, 120 times, and 50 times under torchrun, and compare
 #                   with undisturbed ones
 # make slurm-soak   preempt and requeue jobs of a real Slurm at random, and compare; needs root,
 #                   slurm-wlm and munge
@@ -47,7 +47,7 @@ test: $(VENV)/installed-dev lint
 
 soak: $(VENV)/installed-dev
 	$(RUN) tests/soak.py --kills 120
-	$(RUN) tests/soak_ranks.py --kills 50
+	$(RUN) tests/soak_ranks.py --stops 50
 
 slurm-soak: $(VENV)/installed
 	$(RUN) tests/slurm_soak.py --stops 30

@@ -58,9 +58,10 @@ def rank_device(args, count):
     if kind == "cpu":
         return torch.device("cpu")
     if count < processes:
+        fewer = f"give torchrun --nproc_per_node {count}, or " if count else "give "
         raise UserError(
-            f"--device {args.device}: this machine has {count} CUDA device(s); give torchrun "
-            f"--nproc_per_node {count}, or --device cpu to the script"
+            f"--device {args.device}: this machine has {count} CUDA device(s); {fewer}--device cpu "
+            f"to the script"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

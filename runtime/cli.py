@@ -124,7 +124,10 @@ def flag_text(text):
 
 def int_list(text):
     """An argparse type: integers of at least 0, separated by commas: '60,80'."""
-    return [int_range(0)(item) for item in text.split(",") if text]
+    try:
+        return [int_range(0)(item) for item in text.split(",") if text]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or several separated by commas") from None
 
 
 # ------------------------------------------------------------------------------ groups of flags

@@ -20,8 +20,10 @@ STOPPING = [
 ]
 
 
-def run_script(main):
+def run_script(main, parallel=False):
     """Run a script's main(). A UserError becomes one line on stderr and exit status 2.
+
+    parallel: whether torchrun may start several processes of it.
 
     The signals STOPPING end it with status 128 + signal (143 after SIGTERM), after the current
     training step is saved. Of several ranks, under torchrun, all end, and rank 0 alone writes the
@@ -35,7 +37,7 @@ def run_script(main):
     previous = {signum: signal.signal(signum, on_signal) for signum in STOPPING}
     same = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
     try:
-        ranks.start()
+        ranks.start(parallel)
         result = main()
         ranks.stop()
         return result

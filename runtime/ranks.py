@@ -46,14 +46,16 @@ def local():
 # ------------------------------------------------------------------------------ start and end
 
 
-def start():
+def start(parallel=True):
     """Join the other ranks if torchrun has started this process: gloo on CPUs, NCCL on CUDA.
 
-    Raises UserError if they do not come.
+    parallel: whether this script may have others. Raises UserError if not, or if none come.
     """
     global _rank, _world, _store
     if not {*os.environ} >= VARIABLES or os.environ["WORLD_SIZE"] == "1":
         return
+    if not parallel:
+        raise UserError("runs as one process; leave out torchrun")
     end_with_parent()
     import torch
     import torch.distributed as dist

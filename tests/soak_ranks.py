@@ -1,11 +1,12 @@
-"""Kill runs of several ranks at random moments until they finish; compare with uninterrupted ones.
+"""Stop runs of several ranks at random moments until they finish; compare with uninterrupted ones.
 
-    python tests/soak_ranks.py --kills 50          at least so many kills
+    python tests/soak_ranks.py --stops 50          at least so many stops
 
-Each kill is a SIGKILL of one of two ranks or of torchrun itself, at random; the others must end by
-themselves, without a traceback. The same command is given again, a third of the times to torchrun;
-otherwise the ranks are forked as in test_ranks.py, which is faster, and nobody but themselves ends
-them. In the end every file must equal that of the uninterrupted run, as in soak.py. Linux only.
+Each stop is a SIGKILL or SIGTERM to one of two ranks or to torchrun itself, at random; the others
+must end by themselves, without a traceback. The same command is given again, a third of the times
+to torchrun; otherwise the ranks are forked as in test_ranks.py, which is faster, and nobody but
+themselves ends them. In the end every file must equal that of the uninterrupted run, as in soak.py.
+Linux only.
 """
 
 import os
@@ -66,14 +67,15 @@ def wait_for_text(path, text, pid):
         time.sleep(0.01)
 
 
-def kill_once(scripts, command, folder, draw, longest):
-    """Start a command and kill something of it after 0..longest seconds of its work.
+def stop_once(scripts, command, folder, draw, longest):
+    """Start a command and stop something of it after 0..longest seconds of its work.
 
-    Returns what was killed, None if the command has finished before, and the seconds until all
-    the others had ended.
+    Returns the signal and what got it, as text, None if the command has finished before; and the
+    seconds until all had ended.
     """
     under_torchrun = draw.random() < 1 / 3
     target, moment = draw.randrange(2 + under_torchrun), draw.uniform(0, longest)
+    signum = draw.choice([signal.SIGKILL, signal.SIGTERM])
     if under_torchrun:
         process = torchrun(command, folder)
         pids, out = children(process), folder / "out.txt"
@@ -86,7 +88,7 @@ def kill_once(scripts, command, folder, draw, longest):
     victim = pids[target] if target < 2 else process.pid
     name = "torchrun" if target == 2 else f"rank {target}" + " under torchrun" * under_torchrun
     if os.path.exists(f"/proc/{victim}"):
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, signum)
     start = time.monotonic()
     if under_torchrun:
         status = process.wait()
@@ -96,43 +98,40 @@ def kill_once(scripts, command, folder, draw, longest):
         ended = scripts.wait()
         text, done = ended.err, ended.status == [0, 0]
     assert "[rank" not in text and (under_torchrun or "Traceback" not in text), text
-    return None if done else name, time.monotonic() - start
+    return None if done else f"{signum.name} to {name}", time.monotonic() - start
 
 
 def main():
-    args = soak.parse(__doc__, "--kills", 50)
+    args = soak.parse(__doc__, "--stops", 50)
     draw, scripts, start = random.Random(args.seed), processes.Server(), time.monotonic()
-    kills, runs, failed, slowest = Counter(), 0, 0, 0.0
+    stops, runs, failed, slowest = Counter(), 0, 0, 0.0
     with tempfile.TemporaryDirectory() as root:
-        seconds, expected, folder = {}, {}, Path(root, "killed")
+        seconds, expected, folder = {}, {}, Path(root, "stopped")
         for name, command in COMMANDS.items():
             Path(root, name).mkdir()
             begun = time.monotonic()
             ended = scripts.run(command.split(), Path(root, name), ranks=2)
             assert ended.status == [0, 0], ended
             seconds[name], expected[name] = time.monotonic() - begun, outcome(Path(root, name))
-        while sum(kills.values()) < args.kills:
+        while sum(stops.values()) < args.stops:
             name = [*COMMANDS][runs % 2]
             folder.mkdir()
             longest = seconds[name] / 6
             while True:
-                found = kill_once(scripts, COMMANDS[name], folder, draw, longest)
+                stopped, wait = stop_once(scripts, COMMANDS[name], folder, draw, longest)
                 longest *= 1.05  # so that it ends on a machine that has become slower
-                killed, slowest = found[0], max(slowest, found[1])
-                if not killed:
+                if not stopped:
                     break
-                kills[killed] += 1
-                print(
-                    f"{name}: killed {killed}; the others ended within {found[1]:.1f} s", flush=True
-                )
+                stops[stopped], slowest = stops[stopped] + 1, max(slowest, wait)
+                print(f"{name}: {stopped}; all had ended within {wait:.1f} s", flush=True)
             (folder / "out.txt").unlink(missing_ok=True)
             equal = outcome(folder) == expected[name]
             runs, failed = runs + 1, failed + (not equal)
             print(f"{name}: finished, {len(expected[name])} files, equal: {equal}", flush=True)
             shutil.rmtree(folder)
     scripts.close()
-    print(f"{dict(kills)} in {runs} runs, {time.monotonic() - start:.0f} s")
-    print(f"the others ended within {slowest:.1f} s")
+    print(f"{dict(stops)} in {runs} runs, {time.monotonic() - start:.0f} s")
+    print(f"all had ended within {slowest:.1f} s")
     soak.end(failed)
 
 

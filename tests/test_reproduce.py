@@ -278,6 +278,9 @@ def test_a_data_set_that_cannot_be_prepared(monkeypatch):
         (["--out", "file"], "--out file"),
         (["--jobs", "0"], "--jobs"),
         (["--flags", "'"], "--flags: found .* close the quotation"),
+        (["--flags", "--lr 0"], "--flags '--lr 0': main_TD.py: argument --lr: found '0'"),
+        (["--flags=--x 3", "--prepare"], "--flags '--x 3': main_TD.py: unrecognized arguments"),
+        (["--seeds", "0-2"], "--seeds: found '0-2', .* or several separated by commas"),
         (["--size", "huge"], "--size: invalid choice: 'huge'"),
         (["--size", "rehearsal", "--data", "d"], "--data: a rehearsal"),
         (["--list", "--chain", "0"], "--chain: not allowed with"),
@@ -332,12 +335,15 @@ def test_status_shows_how_far_each_run_is(tmp_path, capsys):
     leave_run(tmp_path, "BU_on_test", "retrain_task5_", owner=("elsewhere", 1))
     for path in tmp_path.glob("seed0/BU_on_test/retrain_task5_*"):
         os.utime(path, (0, 0))
+    leave_run(tmp_path, "BU", "retrain_task3_", finished=True, command=["--width", "1"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     reproduce.main(["--seeds", "0,1", "--out", str(tmp_path), "--status"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     header, *lines, summary = capsys.readouterr().out.splitlines()
-    found = {line.split()[0].removeprefix("seed0/"): line for line in lines}
-    columns = {name: re.split(r"  +", line)[1:] for name, line in found.items()}
+    found = {line.split()[1].removeprefix("seed0/"): line.strip() for line in lines}
+    columns = {name: re.split(r"  +", line)[2:] for name, line in found.items()}
+    assert [found[name].split()[0] for name in ("TD", "CIL", "BU", "BU_retrain_task3")] == [*"0122"]
+    assert columns["BU_retrain_task3"][0] == "other flags"
     # epochs, in those of task 1: 139 of TD, 344 at most of BU, 21 of a retrained ticket
     assert columns["TD"] == ["at work", "1 %", "1 min", "1 h 08 min", "task1, epoch 2 of 7"]
     assert columns["CIL"] == ["done", "100 %", "1 h 06 min"]

@@ -18,7 +18,7 @@ import trainer
 import utils
 from datasets import prepare
 from models import build_model
-from runtime import metrics, process
+from runtime import metrics, process, ranks
 from runtime.checkpoint import load_checkpoint, read_state_dict
 from runtime.errors import UserError
 from tools import report
@@ -693,6 +693,16 @@ def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         process.run_script(main)
     assert caught.value is error
+
+
+def test_torchrun_does_not_start_a_tool(monkeypatch, capsys):
+    for name in ranks.VARIABLES:
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit) as end:
+        process.run_script(lambda: None)
+    assert (
+        end.value.code == 2 and "runs as one process; leave out torchrun" in capsys.readouterr().err
+    )
 
 
 def test_scripts_let_the_C_library_keep_freed_memory(monkeypatch):

@@ -46,9 +46,17 @@ def test_an_element_that_was_stopped_is_requeued_alone(submit, tmp_path, status)
     assert arguments == ["-m", "tools.reproduce", "--chain", "3", "--out", "a b"]
 
 
-def test_a_job_that_is_no_array(submit, capfd):
-    assert submit("reproduce.sbatch", SLURM_ARRAY_TASK_ID="") == (2, "")
-    assert capfd.readouterr().err.startswith("reproduce.sbatch: is no array job; give --array=0-N")
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("reproduce", {"SLURM_ARRAY_TASK_ID": ""}, "is no array job; give --array=0-N"),
+        ("reproduce", {"PYTHON": ".venv/bin/python"}, "found no .venv/bin/python; submit from"),
+        ("torchrun", {"PYTHON": ".venv/bin/python"}, "found no .venv/bin/python; submit from"),
+    ],
+)
+def test_bad_input_gives_one_line(submit, capfd, script, variables, message):
+    assert submit(f"{script}.sbatch", **variables) == (2, "")
+    assert capfd.readouterr().err.startswith(f"{script}.sbatch: {message}")
 
 
 @pytest.mark.parametrize("signal", ["", "TERM", "USR1", "USR2"])

@@ -239,19 +239,32 @@ def chain_of(jobs, number):
     return found[number]
 
 
+def chain_numbers(jobs):
+    """{name of a Job: the number of its chain}."""
+    return {job.name: i for i, chain in enumerate(chains(jobs)) for job in chain}
+
+
 def listing(jobs):
     """A line for each Job: the number of its chain, name, needs ('-': none) and command.
 
     The fields are separated by tabs, the names of the needs by commas; a shell runs the command.
     """
-    number = {job.name: i for i, chain in enumerate(chains(jobs)) for job in chain}
-    rows = []
+    number, rows = chain_numbers(jobs), []
     for job in jobs:
         command = shlex.join(python(job.command))
         if "\n" in command:
             raise UserError(f"--list: found a line break in a name ({command!r}), rename the file")
         rows.append([str(number[job.name]), job.name, ",".join(job.needs) or "-", command])
     return ["\t".join(row) for row in rows]
+
+
+def check_flags(args, jobs):
+    """Raise UserError if a script does not take the --flags."""
+    for job in {job.command[0]: job for job in jobs}.values() if args.flags else ():
+        try:
+            status.parsed(job)
+        except UserError as error:
+            raise UserError(f"--flags {args.flags!r}: {job.command[0]}: {error}") from None
 
 
 def python(command):
@@ -348,6 +361,8 @@ def run_all(jobs, args):
     """
     waiting = [job for job in jobs if not finished(job)]
     running = []
+    if not waiting:
+        print("nothing left to run", flush=True)
     with hold_signals():
         try:
             while waiting or running:
@@ -400,10 +415,12 @@ def make_folders(args):
 def main(argv=None):
     args = parse(argv)
     jobs = plan(args)
+    check_flags(args, jobs)
     if args.list:
         print(*listing(jobs), sep="\n")
     elif args.status:
-        status.show(jobs, args.out, [log_path(args, job.name) for job in jobs])
+        logs = [log_path(args, job.name) for job in jobs]
+        status.show(jobs, args.out, logs, chain_numbers(jobs))
     elif args.report:
         *folders, _, _ = arguments = copy_records(args)
         if not folders:

@@ -22,7 +22,7 @@ LATER_TASK = 3
 
 class Progress(NamedTuple):
     name: str
-    state: str  # done, at work, failed, stopped, waiting
+    state: str  # done, at work, failed, stopped, waiting, other flags: was done with others
     position: str  # last epoch, or last line of the log
     spent: float  # seconds
     done: float  # epochs, in epochs of task 1
@@ -36,13 +36,16 @@ def note_failure(log, code):
         file.write(f"{ENDED}{code}\n")
 
 
-def show(jobs, out, logs):
-    """Print the table. out: the folder of all runs; logs: of each Job. Raises UserError."""
+def show(jobs, out, logs, chains):
+    """Print the table. Raises UserError.
+
+    out: the folder of all runs; logs: of each Job; chains: {name of a Job: number of its chain}.
+    """
     if not out.is_dir():
-        raise UserError(f"--out {out}: no such folder; give that of the runs, and their flags")
+        raise UserError(f"--out {out}: no such folder, so nothing has run there yet")
     runs = [progress_of(job, log) for job, log in zip(jobs, logs)]
     lefts = [seconds_left(run, runs) for run in runs]
-    print(table(runs, lefts))
+    print(table(runs, lefts, chains))
     states = [run.state for run in runs]
     counts = [f"{states.count(s)} {s}" for s in ("at work", "stopped", "failed") if s in states]
     summary = ", ".join([f"{states.count('done')} of {len(runs)} runs are done", *counts])
@@ -51,16 +54,17 @@ def show(jobs, out, logs):
     print(summary)
 
 
-def table(runs, lefts):
+def table(runs, lefts, chains):
     """Aligned columns."""
-    rows = [("run", "state", "progress", "spent", "left", "")]
+    rows = [("chain", "run", "state", "progress", "spent", "left", "")]
     for run, left in zip(runs, lefts):
         share = 100 if run.state == "done" else 100 * min(run.done / run.planned, 0.99)
         shown = "" if left is None or not left else "<" * run.at_most + duration(left)
         spent = duration(run.spent) if run.spent else ""
-        rows.append((run.name, run.state, f"{share:.0f} %", spent, shown, run.position))
+        cells = str(chains[run.name]), run.name, run.state, f"{share:.0f} %", spent, shown
+        rows.append((*cells, run.position))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    align = str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, lambda cell, width: cell
+    align = str.rjust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust
     lines = ("  ".join(f(cell, w) for f, cell, w in zip(align, row, widths)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -78,9 +82,14 @@ def duration(seconds):
 # ------------------------------------------------------------------------------ one run
 
 
+def parsed(job):
+    """The flags of a Job, parsed by its script. Raises UserError."""
+    return importlib.import_module(job.command[0].removesuffix(".py")).parse(job.command[1:])
+
+
 def progress_of(job, log):
     """The Progress of a Job. Raises UserError where its records are damaged."""
-    args = importlib.import_module(job.command[0].removesuffix(".py")).parse(job.command[1:])
+    args = parsed(job)
     journal = read_journal(job.journal)
     rows = read_epochs(job.journal.with_name(job.journal.name.replace("run.json", "metrics.csv")))
     last = rows[-1] if rows else None
@@ -88,7 +97,8 @@ def progress_of(job, log):
     lines = [line for line in read_lines(log) if line.strip()]
     state = "waiting"
     if journal.get("finished"):
-        state, position = "done", ""
+        same = journal.get("command", job.command[1:]) == job.command[1:]
+        state, position = "done" if same else "other flags", ""
     elif lines and lines[-1].startswith(ENDED):
         state, position = "failed", one_line(lines[-2] if len(lines) > 1 else lines[-1], 120)
     elif is_at_work(job.journal):
