@@ -29,7 +29,7 @@ def run_script(main, parallel=False):
     training step is saved. Of several ranks, under torchrun, all end, and rank 0 alone writes the
     line.
     """
-    global _pending
+    global _held, _pending
     _pending = None
     _arrived.clear()
     keep_freed_memory()
@@ -37,10 +37,13 @@ def run_script(main, parallel=False):
     previous = {signum: signal.signal(signum, on_signal) for signum in STOPPING}
     same = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
     try:
-        ranks.start(parallel)
-        result = main()
-        ranks.stop()
-        return result
+        try:
+            ranks.start(parallel)
+            result = main()
+            ranks.stop()
+            return result
+        finally:
+            _held = True  # a signal that comes now would be raised out of what follows
     except UserError as error:
         message, status = error, error.status
     except ranks.Ended as end:
@@ -62,6 +65,7 @@ def run_script(main, parallel=False):
     finally:
         for signum, handler in previous.items():  # torchrun stops the ranks when one has ended
             signal.signal(signum, signal.SIG_IGN if ranks.world() > 1 else handler)
+        _held = False
     message, status = ranks.last_words(message, status)
     if message is not None:
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)

@@ -262,6 +262,22 @@ def test_a_signal_where_python_ignores_exceptions_is_not_lost(capsys):
     assert end.value.code == 143 and capsys.readouterr().out == "ignored\n"
 
 
+def test_a_signal_while_a_script_ends_changes_nothing(capsys):
+    class Late(UserError):
+        @property
+        def status(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            return 2
+
+    def main():
+        raise Late("--flag: is wrong")
+
+    with pytest.raises(SystemExit) as end:
+        process.run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(": --flag: is wrong\n")
+
+
 def test_a_signal_that_ranks_have_not_agreed_on_waits(monkeypatch, capsys):
     """If it arrived on one rank during the agreement, this rank would stop alone."""
 
