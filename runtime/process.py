@@ -113,8 +113,8 @@ def on_signal(signum, frame):
     _arrived.add(signum)
     if first:
         _pending = signum
-    if first and not _held:
-        raise Interrupted(signum)
+        if not _held:
+            raise Interrupted(signum)
 
 
 @contextlib.contextmanager
@@ -127,10 +127,10 @@ def hold_signals():
     finally:
         _held = outer
     if not outer:
-        interrupt(_pending)
+        raise_interrupted(_pending)
 
 
-def interrupt(signum):
+def raise_interrupted(signum):
     """Raise Interrupted for a signal that has waited, if there is one."""
     global _pending
     if signum:
@@ -145,7 +145,7 @@ def check_signals(due=False):
     whether anything is due on any rank.
     """
     signum, due = ranks.agree(_pending or 0, due)
-    interrupt(signum)
+    raise_interrupted(signum)
     return due
 
 

@@ -46,7 +46,7 @@ def local():
 # ------------------------------------------------------------------------------ start and end
 
 
-def start(parallel=True):
+def start(parallel):
     """Join the other ranks if torchrun has started this process: gloo on CPUs, NCCL on CUDA.
 
     parallel: whether this script may have others. Raises UserError if not, or if none come.

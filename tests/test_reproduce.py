@@ -326,7 +326,9 @@ def test_status_shows_how_far_each_run_is(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     here = socket.gethostname()
     leave_run(tmp_path, "TD", owner=(here, os.getpid()))
-    leave_run(tmp_path, "CIL", finished=True, seconds=4000.0)
+    flags = ["--seeds", "0,1", "--out", str(tmp_path)]
+    (dense,) = [job for job in plan_of(*flags)[0] if job.name == "seed0/CIL"]
+    leave_run(tmp_path, "CIL", finished=True, command=dense.command[1:], seconds=4000.0)
     stopped = "main_BU.py: stopped by SIGTERM; give the same command to resume\n"
     leave_run(tmp_path, "BU", owner=(here, ended_process()), log=stopped)
     failed = "main_CIL.py: --lr 9 is too high\n"
@@ -337,7 +339,7 @@ def test_status_shows_how_far_each_run_is(tmp_path, capsys):
         os.utime(path, (0, 0))
     leave_run(tmp_path, "BU", "retrain_task3_", finished=True, command=["--width", "1"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    reproduce.main(["--seeds", "0,1", "--out", str(tmp_path), "--status"])
+    reproduce.main([*flags, "--status"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     header, *lines, summary = capsys.readouterr().out.splitlines()
     found = {line.split()[1].removeprefix("seed0/"): line.strip() for line in lines}

@@ -306,9 +306,8 @@ def check_data(args):
 def finished(job):
     """Whether the journal says that this very command has finished."""
     try:
-        journal = json.loads(job.journal.read_text())
-        return journal["finished"] is True and journal["command"] == job.command[1:]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return status.is_done(job, status.read_journal(job.journal))
+    except UserError:
         return False  # the run itself reports what is wrong
 
 

@@ -97,8 +97,7 @@ def progress_of(job, log):
     lines = [line for line in read_lines(log) if line.strip()]
     state = "waiting"
     if journal.get("finished"):
-        same = journal.get("command", job.command[1:]) == job.command[1:]
-        state, position = "done" if same else "other flags", ""
+        state, position = "done" if is_done(job, journal) else "other flags", ""
     elif lines and lines[-1].startswith(ENDED):
         state, position = "failed", one_line(lines[-2] if len(lines) > 1 else lines[-1], 120)
     elif is_at_work(job.journal):
@@ -108,6 +107,11 @@ def progress_of(job, log):
     done = sum(weight(task_of(row["step"])) for row in rows)
     spent = journal.get("seconds", 0)
     return Progress(job.name, state, position, spent, done, planned_epochs(args), "deacc" in args)
+
+
+def is_done(job, journal):
+    """Whether a journal (read_journal) says that this very command has finished."""
+    return journal.get("finished") is True and journal.get("command") == job.command[1:]
 
 
 def read_journal(path):
