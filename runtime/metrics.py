@@ -1,7 +1,7 @@
 """Measures of class-incremental learning.
 
-All take an accuracy matrix as rows: row t holds a_{t,1}, .., a_{t,t}, the test accuracies of tasks
-1..t after task t, in percent.
+A matrix is that of accuracies: row t holds a_{t,1}, .., a_{t,t}, the test accuracies of tasks 1..t
+after task t, in percent.
 """
 
 import statistics
@@ -16,6 +16,8 @@ DEFINITIONS = {
     "what later tasks changed (Lopez-Paz & Ranzato 2017)",
     "task-aware accuracy": "as a_{T,i}, but each image is classified by the heads of its own task "
     "alone, among that task's classes",
+    "recency": "of all test images after task T, the percentage that is taken for a class of that "
+    "task; unbiased is 100 / T (task-recency bias, Masana et al. 2022)",
 }
 
 
@@ -44,6 +46,15 @@ def backward_transfer(matrix):
     last = matrix[-1]
     gains = [last[task] - matrix[task][task] for task in range(len(last) - 1)]
     return sum(gains) / len(gains) if gains else None
+
+
+def recency(confusion, tasks):
+    """See DEFINITIONS; in percent. confusion: [[n]] after the last task, as of trainer.evaluate().
+
+    Tasks have as many images each, else unbiased is the last one's share of them.
+    """
+    newest = len(confusion) // tasks
+    return 100 * sum(sum(row[-newest:]) for row in confusion) / sum(map(sum, confusion))
 
 
 def mean_and_sd(values):

@@ -57,6 +57,7 @@ def retrained(folder, seed, accuracy, control="none", **config):
     ending = "" if control == "none" else f"_{control}"
     paths = {"weight": f"{folder}/task1_best_model.pt", "mask": f"{folder}/mask-2.pt"}
     row = {"state": 2, "accuracy": accuracy, "density": 100.0 if control == "dense" else 30.0}
+    row |= {"task_aware": [100.0, accuracy[-1]]}
     name = f"retrain_task2{ending}_results.json"
     flags = {"control": control} if ending else {}  # the oldest records lack "none"
     write(folder, "main_train", [row], name, seed=seed, state=2, **paths, **flags, **config)
@@ -219,6 +220,8 @@ def test_measures_of_a_matrix_worked_out_by_hand():
     assert metrics.average_incremental_accuracy(matrix) == 75  # of 90, 75, 60
     assert metrics.forgetting(matrix) == 10  # of 90 - 60 and 80 - 90
     assert metrics.forgetting([[90.0]]) is None
+    assert metrics.recency([[5, 1, 2, 2], [0, 9, 1, 0], [1, 0, 8, 1], [2, 2, 0, 6]], 2) == 50
+    assert metrics.recency([[3, 7], [0, 10]], 2) == 85
     assert metrics.mean_and_sd([1.0, 2.0, 6.0]) == (3, pytest.approx(7**0.5))
     assert metrics.mean_and_sd([4.0]) == (4, None)
 
@@ -333,6 +336,8 @@ def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys
     assert ticket["minus the ticket mean"] == ""
     assert control["trained"] == "random mask" and control["density mean"] == "30.0000"
     assert control["minus the ticket mean"] == "-1.5000"  # of -2 and -1
+    assert ticket["task-aware mean"] == "85.0000" and "recency mean" not in ticket  # not recorded
+    assert control["task-aware minus the ticket mean"] == "-0.7500"
     assert float(control["minus the ticket sd"]) == pytest.approx(0.5**0.5, abs=1e-4)
     assert "-1.5 ± 0.7 (n = 2)" in capsys.readouterr().out
 
@@ -601,13 +606,25 @@ def test_confusion_in_percent_of_each_class(tmp_path):
     folder = write(tmp_path / "run", "main_CIL", rows, **more)
     path = folder / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": ["cat", "dog"]}))
-    figure = plots.confusion(groups_of(folder))
+    (one,) = groups_of(folder)
+    assert one["recency"] == {1: {}, 2: {0: 50.0}}
+    figure = plots.confusion([one])
     assert texts_of(figure) == ["75", "25", "0", "100"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
     assert plots.confusion(groups_of(bottom_up(tmp_path / "BU"))) is None
 
 
 # ------------------------------------------------------------------------------ bad input
+
+
+def confused(matrix):
+    """Give a run of two tasks of a class this confusion matrix after its last task."""
+
+    def damage(run):
+        run["class_names"] = ["cat", "dog"]
+        run["states"][1]["confusion"] = matrix
+
+    return damage
 
 
 DAMAGES = {
@@ -630,12 +647,12 @@ DAMAGES = {
     "sparsity above 100": lambda run: run["config"].update(base_sparsity=100.5),
     "architecture a number": lambda run: run["config"].update(arch=18),
     "task-aware accuracy above 100": lambda run: run["states"][0].update(task_aware=[101.0]),
-    "no confusion": lambda run: run["states"][0].update(confusion=[]),
-    "confusion not square": lambda run: run["states"][0].update(confusion=[[1, 2]]),
-    "confusion of shares": lambda run: run["states"][0].update(confusion=[[0.5, 0], [0, 1]]),
-    "confusion of too many classes": lambda run: run["states"][0].update(
-        confusion=[[1] * 9 for _ in range(9)]
-    ),
+    "no confusion": confused([]),
+    "confusion not square": confused([[1, 2]]),
+    "confusion of nothing": confused([[0, 0], [0, 0]]),
+    "confusion of half a class": confused([[1]]),
+    "confusion of shares": confused([[0.5, 0], [0, 1]]),
+    "confusion of too many classes": confused([[1] * 4] * 4),
     "names of classes a number": lambda run: run.update(class_names=3),
     "classes a text": lambda run: run["config"].update(classes_per_classifier="2"),
     "size of images a number": lambda run: run.update(image_size=32),

@@ -122,7 +122,7 @@ def check_run(run):
         if "task_aware" in row:
             accuracies.append(row["task_aware"])
         if "confusion" in row:
-            check_confusion(row["confusion"], min(classes, len(names)))
+            check_confusion(row["confusion"], len(row["accuracy"]), min(classes, len(names)))
         layers = [*row.get("layer_density", {}).values()]
         need(len(layers) <= 1000)
         if script == "main_BU":
@@ -141,12 +141,13 @@ def check_run(run):
         need(isinstance(config["select_on"], str))
 
 
-def check_confusion(matrix, most):
-    """Raise an error unless it is a square matrix of counts, of at most `most` classes."""
+def check_confusion(matrix, tasks, most):
+    """Raise an error unless it is a square matrix of counts: of tasks of at most `most` classes."""
     counts = [n for row in matrix for n in row]
     square = all(len(row) == len(matrix) for row in matrix)
     numbers = all(type(n) is int and 0 <= n < 1e9 for n in counts)
-    if not (counts and square and numbers and len(matrix) <= most):
+    fits = len(matrix) <= most and tasks and not len(matrix) % tasks
+    if not (square and numbers and fits and sum(counts)):
         raise ValueError
 
 
@@ -221,11 +222,13 @@ def group(runs):
 
     script, control, flags, dataset, classifiers; bound: the flag of BOUNDS, None for other runs;
     label: a short name; seeds: {seed: {task: row}};
-    accuracy: {task: {seed: mean accuracy of the tasks so far}}; density: the same for the ticket
-    made in a task, or for the model where none is made; macs: its multiply-accumulates in percent
-    of the dense network's, where they are known; ticket: equal for a ticket and its controls;
-    runs: its runs, as read. When a seed occurs twice, the second run opens another group, and both
-    labels name their folders.
+    accuracy: {task: {seed: mean accuracy of the tasks so far}}; task-aware, recency: the same where
+    they are recorded; density: the same for the ticket made in a task, or for the model where none
+    is made; macs: its multiply-accumulates in percent of the dense network's, where they are known;
+    ticket: equal for a ticket and its controls; runs: its runs, as read.
+
+    When a seed occurs twice, the second run opens another group, and both labels name their
+    folders.
     """
     groups, folders = {}, defaultdict(list)
     for run in runs:
@@ -247,6 +250,8 @@ def group(runs):
     add_labels(groups)
     for one in groups:
         one["accuracy"] = series(one, lambda row: sum(row["accuracy"]) / len(row["accuracy"]))
+        one["task-aware"] = series(one, task_aware)
+        one["recency"] = series(one, recency)
         if one["script"] == "main_BU":
             one["dense"] = series(one, lambda row: sum(row["dense_accuracy"]) / row["state"])
         one["density"] = series(one, lambda row: row.get("ticket_density", row["density"]))
@@ -260,6 +265,17 @@ def series(one, value):
     seeds = sorted(one["seeds"].items())
     found = {t: {seed: value(rows[t]) for seed, rows in seeds if t in rows} for t in tasks}
     return {t: {seed: v for seed, v in own.items() if v is not None} for t, own in found.items()}
+
+
+def task_aware(row):
+    """The mean task-aware accuracy of a row; None where the record has none."""
+    return mean(row["task_aware"]) if "task_aware" in row else None
+
+
+def recency(row):
+    """metrics.recency() of a row; None where the record has no confusion matrix."""
+    matrix = row.get("confusion")
+    return matrix and metrics.recency(matrix, len(row["accuracy"]))
 
 
 def total_macs(row):
@@ -304,6 +320,8 @@ def label(one, others):
 
 # ------------------------------------------------------------------------------ tables
 
+LAST_COLUMNS = (("density", "density", 2), ("MACs", "macs", 1))  # name, key of group(), decimals
+
 
 def measures(one, tasks_shown):
     """[(name, values of the seeds, decimals)] of a group, for a row of the table of runs.
@@ -322,10 +340,9 @@ def measures(one, tasks_shown):
     ):
         values = [function(matrix) for matrix in matrices]
         found.append((name, [value for value in values if value is not None], 1))
-    last = [rows[max(tasks)] for rows in finished]
-    aware = [mean(row["task_aware"]) for row in last if "task_aware" in row]
-    found.append(("task-aware", aware, 1))
-    for name, key, decimals in (("density", "density", 2), ("MACs", "macs", 1)):
+    for name in ("task-aware", "recency"):
+        found.append((name, [*one[name].get(one["classifiers"], {}).values()], 1))
+    for name, key, decimals in LAST_COLUMNS:
         last = [*one[key].values()][-1:]
         found.append((name, [*last[0].values()] if last else [], decimals))
     return found
@@ -357,23 +374,24 @@ def control_table(groups):
                 for control in CONTROLS
                 if control in variants and task in variants[control]["accuracy"]
             ]
-    return ["ticket of", "task", "trained"], rows
+    return ["ticket of", "task", "trained"], without_empty_columns(rows)
 
 
 def control_row(variants, control, task):
     """The row of a control of a ticket. variants: {control: group}, the ticket's own as "none"."""
-    one = variants[control]
-    accuracy, ticket = one["accuracy"][task], {}
-    if control != "none" and "none" in variants:
-        ticket = variants["none"]["accuracy"].get(task, {})
-    difference = [value - ticket[seed] for seed, value in accuracy.items() if seed in ticket]
-    found = [
-        ("accuracy", [*accuracy.values()], 1),
-        ("density", [*one["density"][task].values()], 2),
-        ("MACs", [*one["macs"][task].values()], 1),
-        ("minus the ticket", difference, 1),
-    ]
-    return [one["label"], str(task), CONTROLS[control]], len(accuracy), found
+    one, found = variants[control], []
+    for name, of_difference in (
+        ("accuracy", "minus the ticket"),
+        ("task-aware", "task-aware minus the ticket"),
+    ):
+        values, ticket = one[name][task], {}
+        if control != "none" and "none" in variants:
+            ticket = variants["none"][name].get(task, {})
+        difference = [value - ticket[seed] for seed, value in values.items() if seed in ticket]
+        found += [(name, [*values.values()], 1), (of_difference, difference, 1)]
+    for name, key, decimals in (("recency", "recency", 1), *LAST_COLUMNS):
+        found.append((name, [*one[key][task].values()], decimals))
+    return [one["label"], str(task), CONTROLS[control]], len(one["accuracy"][task]), found
 
 
 def as_markdown(names, rows):
@@ -414,13 +432,14 @@ def cell(values, decimals, seeds):
 # ------------------------------------------------------------------------------ the report
 
 ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. BWT is the
-backward transfer, task-aware the accuracy after the last task by the heads of each image's task.
+backward transfer, task-aware the accuracy after the last task by the heads of each image's task,
+recency the percentage of test images that is then taken for a class of the last task.
 Density is the percentage of weights that remain in the last ticket, and MACs that of the
 multiply-accumulates per image (computed, not measured). Mean ± standard deviation (n - 1) over
 seeds. TD's accuracy after the last task is that of its result; BU's accuracy after a task is that
 of its ticket before the task's re-growth."""
-ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. The last
-column is the difference from the ticket of the same seed, in percentage points."""
+ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. "Minus
+the ticket" is the difference from the ticket of the same seed, in percentage points."""
 
 
 def unfinished(groups):
