@@ -128,6 +128,8 @@ def run_order(order):
 def serve():
     sys.path.insert(0, str(ROOT))
     import runtime.threads  # isort: skip  # noqa: F401  (before torch is loaded)
+    import torch._dynamo  # noqa: F401  (the first optimizer imports it: two seconds)
+
     import runtime.run  # noqa: F401
     import teaching  # noqa: F401
     import tools.plots  # noqa: F401  (and with these, all that the scripts import)

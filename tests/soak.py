@@ -33,7 +33,7 @@ BU = f"{TEACHING} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 --accept_
 TRAIN = "--weight ../BU/run/task2_best_model.pt --mask ../BU/run/mask-3.pt --state 3"
 COMMANDS = {  # folder: command; the last one needs the folder BU
     "CIL": f"main_CIL.py {TEACHING}",
-    "TD": f"main_TD.py {TEACHING} --iter_epochs 2 --prune_scheduler 1,2,3 --rewind rand",
+    "TD": f"main_TD.py {TEACHING} --iter_epochs 1 --prune_scheduler 1,2,3 --rewind rand",
     "BU": f"main_BU.py {BU} --criterion random",
     "train": f"main_train.py {TINY} {TRAIN} --save_data_path ../BU/run/data",
 }
