@@ -1,6 +1,6 @@
 """Measures of class-incremental learning.
 
-A matrix is that of accuracies: row t holds a_{t,1}, .., a_{t,t}, the test accuracies of tasks 1..t
+`matrix` holds accuracies: its row t is a_{t,1}, .., a_{t,t}, the test accuracies of tasks 1..t
 after task t, in percent.
 """
 
@@ -16,8 +16,9 @@ DEFINITIONS = {
     "what later tasks changed (Lopez-Paz & Ranzato 2017)",
     "task-aware accuracy": "as a_{T,i}, but each image is classified by the heads of its own task "
     "alone, among that task's classes",
-    "recency": "of all test images after task T, the percentage that is taken for a class of that "
-    "task; unbiased is 100 / T (task-recency bias, Masana et al. 2022)",
+    "recency": "the percentage of all test images that are classified as a class of the last task "
+    "T; without bias it is that task's share of them, 100 / T for tasks of equal size. It shows "
+    "task-recency bias, which Masana et al. (2022) describe",
 }
 
 
@@ -49,10 +50,12 @@ def backward_transfer(matrix):
 
 
 def recency(confusion, tasks):
-    """See DEFINITIONS; in percent. confusion: [[n]] after the last task, as of trainer.evaluate().
+    """See DEFINITIONS; in percent. confusion: [[n]], from trainer.evaluate(), after `tasks` tasks.
 
-    Tasks have as many images each, else unbiased is the last one's share of them.
+    None with a single task, which has no older ones.
     """
+    if tasks == 1:
+        return None
     newest = len(confusion) // tasks
     return 100 * sum(sum(row[-newest:]) for row in confusion) / sum(map(sum, confusion))
 

@@ -220,8 +220,8 @@ def test_measures_of_a_matrix_worked_out_by_hand():
     assert metrics.average_incremental_accuracy(matrix) == 75  # of 90, 75, 60
     assert metrics.forgetting(matrix) == 10  # of 90 - 60 and 80 - 90
     assert metrics.forgetting([[90.0]]) is None
-    assert metrics.recency([[5, 1, 2, 2], [0, 9, 1, 0], [1, 0, 8, 1], [2, 2, 0, 6]], 2) == 50
-    assert metrics.recency([[3, 7], [0, 10]], 2) == 85
+    assert metrics.recency([[5, 1, 2, 2], [0, 3, 5, 2], [1, 0, 8, 1], [0, 0, 4, 6]], 2) == 75
+    assert metrics.recency([[3, 7], [0, 10]], 2) == 85 and metrics.recency([[9]], 1) is None
     assert metrics.mean_and_sd([1.0, 2.0, 6.0]) == (3, pytest.approx(7**0.5))
     assert metrics.mean_and_sd([4.0]) == (4, None)
 
@@ -340,6 +340,29 @@ def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, capsys
     assert control["task-aware minus the ticket mean"] == "-0.7500"
     assert float(control["minus the ticket sd"]) == pytest.approx(0.5**0.5, abs=1e-4)
     assert "-1.5 ± 0.7 (n = 2)" in capsys.readouterr().out
+
+
+def test_task_aware_accuracy_and_recency_are_those_after_the_last_task(tmp_path, no_plots):
+    """Of a run, a test of its model and a control; records without them are not counted."""
+    first = {"accuracy": [90.0], "task_aware": [90.0], "confusion": [[9]]}
+    last = {"accuracy": [30.0, 100.0], "task_aware": [80.0, 100.0], "confusion": [[3, 7], [0, 10]]}
+    last["state"] = 2
+    run, old = tmp_path / "0", dense(tmp_path / "1", 1, [[90.0], [80.0, 60.0]])
+    write(run, "main_CIL", [first, last])
+    write(run, "test", [last], "test_x_results.json", pretrained="x.pt")
+    retrained(run, 0, [30.0, 100.0])
+    write(run, "main_train", [last], "retrain_task2_dense_results.json", control="dense")
+    for path in run.glob("*results.json"):
+        content = json.loads(path.read_text()) | {"class_names": ["cat", "dog"]}
+        path.write_text(json.dumps(content))
+    report.main([str(run), str(old), "--out", str(tmp_path / "out")])
+    found = [
+        (row["seeds"], row["task-aware mean"], row["recency mean"])
+        for name in ("report", "controls")
+        for row in csv.DictReader((tmp_path / "out" / f"{name}.csv").read_text().splitlines())
+    ]
+    known, unknown = ("1", "90.0000", "85.0000"), ("1", "100.0000", "")
+    assert found == [("2", *known[1:]), unknown, known, unknown, known]
 
 
 def test_odd_characters_in_a_label_break_no_table(tmp_path, capsys, no_plots):
@@ -557,8 +580,9 @@ def test_plot_of_controls(tmp_path):
         retrained(folder, seed, [60.0 + 10 * seed] * 2)
         retrained(folder, seed, [50.0, 50.0], "reinit")
     figure = plots.controls(groups_of(tmp_path / "BU0", tmp_path / "BU1"))
-    (panel,) = figure.axes
+    panel, task_aware = figure.axes
     assert [text.get_text() for text in panel.get_yticklabels()] == ["the ticket", "new network"]
+    assert [each.lines[0].get_xdata()[0] for each in task_aware.containers] == [82.5, 75]
     ticket, control = panel.containers
     assert ticket.lines[0].get_xdata()[0] == 65 and control.lines[0].get_xdata()[0] == 50
     dots = [line for line in panel.get_lines() if line.get_marker() == "."]
@@ -648,11 +672,11 @@ DAMAGES = {
     "architecture a number": lambda run: run["config"].update(arch=18),
     "task-aware accuracy above 100": lambda run: run["states"][0].update(task_aware=[101.0]),
     "no confusion": confused([]),
-    "confusion not square": confused([[1, 2]]),
+    "confusion not square": confused([[1, 1], [1]]),
     "confusion of nothing": confused([[0, 0], [0, 0]]),
     "confusion of half a class": confused([[1]]),
     "confusion of shares": confused([[0.5, 0], [0, 1]]),
-    "confusion of too many classes": confused([[1] * 4] * 4),
+    "confusion of more classes": confused([[1] * 4] * 4),
     "names of classes a number": lambda run: run.update(class_names=3),
     "classes a text": lambda run: run["config"].update(classes_per_classifier="2"),
     "size of images a number": lambda run: run.update(image_size=32),

@@ -588,7 +588,7 @@ def test_the_initialization_is_a_checkpoint_that_test_reads(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------ another backbone
 
 
-def test_resnet32_through_all_scripts(tmp_path):
+def test_resnet32_through_the_ticket_scripts(tmp_path):
     flags = ["--arch", "resnet32", "--epochs", "1"]
     td = run_TD(tmp_path / "TD", *flags, "--prune_scheduler", "1,2,1")
     assert [round(row["density"], 1) for row in td["states"]] == [100, 80, 51.2, 41]

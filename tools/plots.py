@@ -6,6 +6,7 @@ whiskers are standard deviations over seeds.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import re
@@ -558,7 +559,8 @@ def pruned_rows(one):
 
 
 def controls(groups):
-    """Tickets and their controls: a row of panels for each task, a column for each setting.
+    """Tickets and their controls: a row of panels for each task, a column for each setting and
+    measure: accuracy, and task-aware accuracy where it is recorded.
 
     Large markers are means, small ones single seeds.
     """
@@ -569,21 +571,24 @@ def controls(groups):
         return None
     kinds = [kind for kind in CONTROLS if any(one["control"] == kind for one in shown)]
     tasks = sorted({task for one in shown if one["control"] != "none" for task in one["accuracy"]})
+    labels = {"accuracy": "test accuracy, all tasks so far (%)", "task-aware": "task-aware (%)"}
+    measures = [name for name in labels if any(any(one[name].values()) for one in shown)]
+    columns = [*itertools.product(settings, measures)]
     size = (
-        8 if len(settings) < 3 else 2.8 * len(settings),
+        8 if len(columns) < 3 else 2.8 * len(columns),
         0.9 + (0.5 + 0.26 * len(kinds)) * len(tasks),
     )
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(tasks), len(settings), squeeze=False, sharey=True)
-    for column, ticket in zip(panels.T, settings):
+    panels = figure.subplots(len(tasks), len(columns), squeeze=False, sharey=True)
+    for column, (ticket, measure) in zip(panels.T, columns):
         for axes, task in zip(column, tasks):
-            own = [one for one in shown if one["ticket"] == ticket and task in one["accuracy"]]
-            draw_controls(axes, own, task, kinds)
-            counts = sorted({len(one["accuracy"][task]) for one in own}) or [0]
+            own = [one for one in shown if one["ticket"] == ticket and one[measure].get(task)]
+            draw_controls(axes, own, measure, task, kinds)
+            counts = sorted({len(one[measure][task]) for one in own}) or [0]
             count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
             name = f"{own[0]['label']}, " if own and len(settings) > 1 else ""
             axes.set_title(f"{name}task {task}, n = {count}", loc="left")
-        column[-1].set_xlabel("test accuracy, all tasks so far (%)")
+        column[-1].set_xlabel(labels[measure])
     text = ""
     if any(len(one["seeds"]) > 1 for one in shown):
         text = "; large markers: mean, bars: standard deviation, dots: seeds"
@@ -591,10 +596,10 @@ def controls(groups):
     return figure
 
 
-def draw_controls(axes, own, task, kinds):
-    """The accuracies of a ticket and its controls on a task, a line for each kind."""
+def draw_controls(axes, own, measure, task, kinds):
+    """A measure of a ticket and its controls on a task, a line for each kind."""
     for one in own:
-        values = [*one["accuracy"][task].values()]
+        values = [*one[measure][task].values()]
         y, (mean, deviation) = kinds.index(one["control"]), mean_and_sd(values)
         is_ticket = one["control"] == "none"
         color = GREEN if is_ticket else "0.25"

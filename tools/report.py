@@ -110,7 +110,6 @@ def check_run(run):
     need_int(config.setdefault("seed", 0), 0, 2**63)
     need(isinstance(config["dataset"], str) and isinstance(config.get("arch", ""), str))
     need(states)
-    classes = tasks * config.get("classes_per_classifier", 1)
     names = run.setdefault("class_names", [str(c) for c in run.get("class_order", ())])
     need(len(names) <= 10_000 and all(isinstance(name, str) for name in names))
     first = states[0]["state"] if script in ("main_train", "test") else 1
@@ -122,7 +121,9 @@ def check_run(run):
         if "task_aware" in row:
             accuracies.append(row["task_aware"])
         if "confusion" in row:
-            check_confusion(row["confusion"], len(row["accuracy"]), min(classes, len(names)))
+            classes = len(row["accuracy"]) * config.get("classes_per_classifier", 1)
+            need(classes <= len(names))
+            check_confusion(row["confusion"], classes)
         layers = [*row.get("layer_density", {}).values()]
         need(len(layers) <= 1000)
         if script == "main_BU":
@@ -141,13 +142,12 @@ def check_run(run):
         need(isinstance(config["select_on"], str))
 
 
-def check_confusion(matrix, tasks, most):
-    """Raise an error unless it is a square matrix of counts: of tasks of at most `most` classes."""
+def check_confusion(matrix, classes):
+    """Raise an error unless it holds counts, not all 0, of `classes` classes by as many."""
     counts = [n for row in matrix for n in row]
-    square = all(len(row) == len(matrix) for row in matrix)
-    numbers = all(type(n) is int and 0 <= n < 1e9 for n in counts)
-    fits = len(matrix) <= most and tasks and not len(matrix) % tasks
-    if not (square and numbers and fits and sum(counts)):
+    square = [len(row) for row in matrix] == [classes] * classes
+    whole = all(type(n) is int and 0 <= n < 1e9 for n in counts)
+    if not (square and whole and sum(counts)):
         raise ValueError
 
 
@@ -222,10 +222,11 @@ def group(runs):
 
     script, control, flags, dataset, classifiers; bound: the flag of BOUNDS, None for other runs;
     label: a short name; seeds: {seed: {task: row}};
-    accuracy: {task: {seed: mean accuracy of the tasks so far}}; task-aware, recency: the same where
-    they are recorded; density: the same for the ticket made in a task, or for the model where none
-    is made; macs: its multiply-accumulates in percent of the dense network's, where they are known;
-    ticket: equal for a ticket and its controls; runs: its runs, as read.
+    accuracy: {task: {seed: mean accuracy of the tasks so far}}; task-aware, recency: the same of
+    these measures, where they are recorded; density: the same for the ticket made in a task, or
+    for the model where none is made; macs: its multiply-accumulates in percent of the dense
+    network's, where they are known; ticket: equal for a ticket and its controls; runs: its runs, as
+    read.
 
     When a seed occurs twice, the second run opens another group, and both labels name their
     folders.
@@ -320,7 +321,7 @@ def label(one, others):
 
 # ------------------------------------------------------------------------------ tables
 
-LAST_COLUMNS = (("density", "density", 2), ("MACs", "macs", 1))  # name, key of group(), decimals
+COST_COLUMNS = (("density", "density", 2), ("MACs", "macs", 1))  # name, key of group(), decimals
 
 
 def measures(one, tasks_shown):
@@ -342,7 +343,7 @@ def measures(one, tasks_shown):
         found.append((name, [value for value in values if value is not None], 1))
     for name in ("task-aware", "recency"):
         found.append((name, [*one[name].get(one["classifiers"], {}).values()], 1))
-    for name, key, decimals in LAST_COLUMNS:
+    for name, key, decimals in COST_COLUMNS:
         last = [*one[key].values()][-1:]
         found.append((name, [*last[0].values()] if last else [], decimals))
     return found
@@ -389,7 +390,7 @@ def control_row(variants, control, task):
             ticket = variants["none"][name].get(task, {})
         difference = [value - ticket[seed] for seed, value in values.items() if seed in ticket]
         found += [(name, [*values.values()], 1), (of_difference, difference, 1)]
-    for name, key, decimals in (("recency", "recency", 1), *LAST_COLUMNS):
+    for name, key, decimals in (("recency", "recency", 1), *COST_COLUMNS):
         found.append((name, [*one[key][task].values()], decimals))
     return [one["label"], str(task), CONTROLS[control]], len(one["accuracy"][task]), found
 
@@ -433,13 +434,14 @@ def cell(values, decimals, seeds):
 
 ABOUT_RUNS = """Test accuracy in percent after each task, averaged over the tasks so far. BWT is the
 backward transfer, task-aware the accuracy after the last task by the heads of each image's task,
-recency the percentage of test images that is then taken for a class of the last task.
+recency the percentage of test images that are then classified as a class of the last task.
 Density is the percentage of weights that remain in the last ticket, and MACs that of the
 multiply-accumulates per image (computed, not measured). Mean ± standard deviation (n - 1) over
 seeds. TD's accuracy after the last task is that of its result; BU's accuracy after a task is that
-of its ticket before the task's re-growth."""
-ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. "Minus
-the ticket" is the difference from the ticket of the same seed, in percentage points."""
+of its ticket before the task's re-growth. Columns that no run fills are left out."""
+ABOUT_CONTROLS = """Retrained tickets (main_train.py) and their controls on the same task. All is
+measured after the task t of the row, so that an unbiased recency is 100 / t. "Minus the ticket" is
+the difference from the ticket of the same seed, in percentage points."""
 
 
 def unfinished(groups):
