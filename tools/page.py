@@ -218,7 +218,7 @@ def inline_svg(name, drawing, label):
     """A drawing of Matplotlib as an element of a page, with ids that no other drawing has.
 
     Left out: metadata, the style sheet, which would hold for the whole page, ids to which nothing
-    refers, and digits that nobody can see.
+    refers, digits that nobody can see, and indentation.
     """
     root = ElementTree.fromstring(drawing)
     used = {*re.findall(r"#([^\s\"')]+)", drawing)}
@@ -226,6 +226,7 @@ def inline_svg(name, drawing, label):
         for child in [*element]:
             if child.tag.endswith(("}metadata", "}style")):
                 element.remove(child)
+        element.text, element.tail = (each and each.strip() for each in (element.text, element.tail))
         element.tag = element.tag.rpartition("}")[2]  # HTML knows the names without a prefix
         if HREF in element.attrib:
             element.set("href", element.attrib.pop(HREF))
