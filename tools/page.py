@@ -226,7 +226,7 @@ def inline_svg(name, drawing, label):
         for child in [*element]:
             if child.tag.endswith(("}metadata", "}style")):
                 element.remove(child)
-        element.text, element.tail = (each and each.strip() for each in (element.text, element.tail))
+        element.text, element.tail = (element.text or "").strip(), (element.tail or "").strip()
         element.tag = element.tag.rpartition("}")[2]  # HTML knows the names without a prefix
         if HREF in element.attrib:
             element.set("href", element.attrib.pop(HREF))
