@@ -221,7 +221,8 @@ def inline_svg(name, drawing, label):
     refers, digits that nobody can see, and indentation.
     """
     root = ElementTree.fromstring(drawing)
-    used = {*re.findall(r"#([^\s\"')]+)", drawing)}
+    used = dict.fromkeys(re.findall(r"#([^\s\"')]+)", drawing))
+    ids = {each: f"{name}-{number}" for number, each in enumerate(used)}
     for element in root.iter():
         for child in [*element]:
             if child.tag.endswith(("}metadata", "}style")):
@@ -230,16 +231,16 @@ def inline_svg(name, drawing, label):
         element.tag = element.tag.rpartition("}")[2]  # HTML knows the names without a prefix
         if HREF in element.attrib:
             element.set("href", element.attrib.pop(HREF))
-        if element.get("id") not in used:
+        if element.get("id") not in ids:
             element.attrib.pop("id", None)
         for key, value in element.attrib.items():
-            if key == "d":
-                value = re.sub(r"(\.\d\d)\d+", r"\1", value)
+            if key in ("d", "transform"):  # but of a scale below 1 each digit counts
+                value = re.sub(r"(?<!\b0)(\.\d\d)\d+", r"\1", value)
             elif key == "id":
-                value = f"{name}-{value}"
-            elif key == "href":
-                value = re.sub("^#", f"#{name}-", value)
-            element.set(key, value.replace("url(#", f"url(#{name}-"))
+                value = ids[value]
+            elif key == "href" and value.startswith("#"):
+                value = f"#{ids[value[1:]]}"
+            element.set(key, re.sub(r"url\(#(.*?)\)", lambda m: f"url(#{ids[m[1]]})", value))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.attrib |= {"role": "img", "aria-label": label}
