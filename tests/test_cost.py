@@ -130,7 +130,7 @@ def test_densities_of_other_layers_are_an_error():
 
 
 def test_the_sparser_tickets_of_the_reduced_protocol_cost_more():
-    """The figures of docs/evidence.md, of three seeds."""
+    """The figures of docs/evidence-small.md, of three seeds."""
     folders = sorted((ROOT / "results" / "reduced").glob("seed*/*"))
     groups = report.group([run for folder in folders for run in report.read(folder)])
     macs, density = {"TD": [], "BU": []}, {"TD": [], "BU": []}

@@ -59,7 +59,7 @@ BOTTOM_UP = "--percent 0.36 --max_iter_prun 13 --base_sparsity 97.5"
 SIZES = {
     # 540 training images a class, a narrow network, 7 epochs. Batches are as large as published:
     # in smaller ones BatchNorm normalizes only a few new images together, and the newest classes
-    # were hardly ever classified correctly (docs/evidence.md).
+    # were hardly ever classified correctly (docs/evidence-small.md).
     "small": Size(
         about="CIFAR-10, 600 images a class, width 16, 7 epochs",
         out="reproduce",
