@@ -136,7 +136,7 @@ def task1_loss(model, x, y):
     return random + new, {"random": random.detach(), "new": new.detach()}
 
 
-def kd_loss(model, k, sub, batch):
+def kd_loss(model, k, sub, batch, merged=False):
     """Task k > 1: the loss of one step over its sub-batches, and its parts as in task1_loss().
 
     batch: (random, new, old, unlabeled), the first three (x [n,3,H,W], y [n]), unlabeled
@@ -144,13 +144,14 @@ def kd_loss(model, k, sub, batch):
     without old images (--finetune) their term is left out. sub: a quarter of the batch size. It
     sets the weights of the balanced losses, whatever the sub-batches hold. All pass together, and
     BatchNorm normalizes each separately, in this order; the published code passes the unlabeled
-    one twice, once for each kind of heads.
+    one twice, once for each kind of heads. merged (--merge_batchnorm): it normalizes all together.
     """
     n, n_new, n_old, *_ = counts = [len(part[0]) for part in batch]
     (x, y), (x_new, y_new), (x_old, y_old), *unlabeled = map(own_rows, batch)
     images = [x, x_new, x_old, *(part[0] for part in unlabeled)]
     sizes = [len(each) for each in images]
     groups = tuple(group for *group, count in zip(sizes, (1, 1, 1, 2), counts) if count)
+    groups = ((sum(sizes), 1),) if merged else groups
     features = model.features(torch.cat(images), groups=groups)
     of_random, of_new, of_old, *of_unlabeled = features.split(sizes)
     parts = {
@@ -217,9 +218,9 @@ def train_epoch(model, optimizer, task, args, step, progress):
     Yields None after each step, so that the caller can save or stop.
     """
     model.train()
-    k, sub = task.t, random_batch_size(args, task.t)
+    k, sub, merged = task.t, random_batch_size(args, task.t), args.merge_batchnorm
     for batch in islice(batches(task, args, step, progress.epoch), progress.batch, None):
-        loss, parts = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch)
+        loss, parts = task1_loss(model, *batch) if k == 1 else kd_loss(model, k, sub, batch, merged)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = loss.detach()

@@ -10,12 +10,8 @@ place of the running ones: those of the training images so far, with equal numbe
 (balanced), of the new classes alone (new), and each half of the test images with the statistics of
 its own kind, as in training (own). Nothing is trained.
 
-    python benchmarks/batchnorm.py --merged --weight runs/cil-0/task4_best_model.pt \\
-        --mask MASK --control dense --state 5 --save_data_path runs/cil-0/data --save_dir DIR $FLAGS
-
-trains the last task once more (the flags are main_train.py's, and the mask is not used), but with
-one BatchNorm over all sub-batches of a step together. Without --merged, main_train.py with the same
-flags trains it as published. docs/evidence.md has the results.
+What training with merged statistics changes is a question for --merge_batchnorm of the scripts.
+docs/evidence.md has the results of both.
 """
 
 import argparse
@@ -27,11 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import dataset
-import main_train
 import pruning_utils
 import trainer
 import utils
-from models.base import LifelongNet
 from models.batchnorm import BatchNorm2d
 from runtime.checkpoint import read_state_dict
 from runtime.cli import Parser
@@ -93,24 +87,7 @@ def compare(folder):
     return found | {"own": (found["new"][0], old)}
 
 
-def train_merged(argv):
-    """main_train.main(argv) with one group of images in each step, whatever sub-batches it has."""
-    separate = LifelongNet.features
-
-    def merged(self, x, groups=()):
-        return separate(self, x, ((len(x), 1),) if groups else ())
-
-    LifelongNet.features = merged
-    try:
-        return main_train.main(argv)
-    finally:
-        LifelongNet.features = separate
-
-
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "--merged" in argv:
-        return train_merged([each for each in argv if each != "--merged"])
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of main_CIL.py")
     found = [compare(folder) for folder in parser.parse_args(argv).runs]

@@ -285,6 +285,12 @@ def add_training_flags(parser):
     flag("--momentum", type=below_one, default=0.9, metavar="X", help=DEFAULT)
     flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=DEFAULT)
     flag(
+        "--merge_batchnorm",
+        action="store_true",
+        help="in tasks 2, 3, ... BatchNorm normalizes new, old and unlabeled images of a step "
+        "together (default: separately, as published)",
+    )
+    flag(
         "--print_freq",
         type=int_range(1),
         default=50,

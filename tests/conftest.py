@@ -68,6 +68,7 @@ def args(tmp_path, device):
         decreasing_lr=[1],
         momentum=0.9,
         weight_decay=5e-4,
+        merge_batchnorm=False,
         iter_epochs=1,
         percent=0.2,
         width=4,

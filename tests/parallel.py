@@ -28,7 +28,7 @@ from runtime.process import run_script  # noqa: E402
 
 SETTINGS = {"classifiers": 3, "classes_per_classifier": 2, "arch": "resnet18", "width": 2}
 SETTINGS |= {"precision": "fp32", "seed": 0, "batch_size": 24, "lr": 0.05, "momentum": 0.9}
-SETTINGS |= {"weight_decay": 5e-4}
+SETTINGS |= {"weight_decay": 5e-4, "merge_batchnorm": False}
 
 
 def normalize(images, data, of=dataset.normalize):

@@ -67,6 +67,18 @@ def kd_loss(model, k, sub, batches):
     return parts["random"] + parts["kd"] + 0.5 * balanced
 
 
+def kd_loss_merged(model, k, sub, batches):
+    """As kd_loss(), but all images pass once, together: --merge_batchnorm."""
+    images = [part[0] for part in batches]
+    features = model(torch.cat(images), is_feature=True).split([len(x) for x in images])
+    features = {id(x): of_x for x, of_x in zip(images, features)}
+
+    def forward(x, heads, main_fc):
+        return model.logits(features[id(x)], heads, main_fc)
+
+    return kd_loss(forward, k, sub, batches)
+
+
 def apply_masks(model, masks):
     """Prune with torch.nn.utils.prune. masks: {name of a convolution: 0/1 tensor}."""
     modules = dict(model.named_modules())

@@ -130,6 +130,7 @@ KD_SIZES = [(6, 3, 3, 6), (2, 3, 1, 6), (6, 1, 3, 2), (1, 3, 3, 6)]
         ("kd_loss", 2, 6, KD_SIZES, "resnet18"),
         ("kd_loss", 3, 7, [(7, 2, 4, 7), (3, 2, 1, 7), (7, 1, 4, 1), (7, 2, 2, 7)], "resnet18"),
         ("kd_loss", 2, 6, KD_SIZES[:2], "resnet32"),
+        ("kd_loss_merged", 2, 6, KD_SIZES, "resnet18"),
         ("exemplars_loss", 2, 6, [(6, 3, 3, 1), (2, 3, 1, 1)], "resnet18"),
         ("exemplars_loss", 3, 7, [(7, 2, 4, 1)] * 3, "resnet18"),
         ("exemplars_loss", 3, 7, [(7, 2, 0, 1), (3, 2, 0, 1)], "resnet18"),
@@ -138,7 +139,7 @@ KD_SIZES = [(6, 3, 3, 6), (2, 3, 1, 6), (6, 1, 3, 2), (1, 3, 3, 6)]
 def test_steps_equal_those_of_separate_passes(args, device, kind, k, sub, sizes, arch, masked):
     """Task 1: two passes; with teaching five, the published ones; with --no_teaching three.
 
-    With --finetune, which has no old images: two.
+    With --finetune, which has no old images: two. With --merge_batchnorm one.
     """
     ours, plain = make_pair(arch=arch, device=device)
     # made before the masks, as in main_TD: the parameters must stay the same objects
@@ -152,9 +153,9 @@ def test_steps_equal_those_of_separate_passes(args, device, kind, k, sub, sizes,
             inputs = on(device, labeled(size, 0, 2, torch.Generator().manual_seed(seed)))
             loss, _ = trainer.task1_loss(ours, *inputs)
         else:
-            parts = 4 if kind == "kd_loss" else 3
+            parts = 3 if kind == "exemplars_loss" else 4
             inputs = (k, sub, on(device, sub_batches(k, *size, seed=seed)[:parts]))
-            loss, _ = trainer.kd_loss(ours, *inputs)
+            loss, _ = trainer.kd_loss(ours, *inputs, kind == "kd_loss_merged")
         wanted = getattr(reference, kind)(plain, *inputs)
         torch.testing.assert_close(loss, wanted, **CLOSE)
         take_step(loss, optimizer)
@@ -379,8 +380,8 @@ def epoch_of(args, monkeypatch):
         seen.append([tuple(tensor.clone() for tensor in batch)])
         return 0 * model.conv1.weight.sum() + 1.5, {"new": torch.tensor(0.5)}
 
-    def kd_loss(model, k, sub, batches):
-        arguments.add((k, sub))
+    def kd_loss(model, k, sub, batches, merged):
+        arguments.add((k, sub, merged))
         seen.append([tuple(tensor.clone() for tensor in batch) for batch in batches])
         return 0 * model.conv1.weight.sum() + 1.5, {"new": torch.tensor(0.5)}
 
@@ -399,7 +400,7 @@ def epoch_of(args, monkeypatch):
             assert progress.total_loss == 1.5 * len(seen)
             assert progress.parts == {"new": 0.5 * len(seen)}
         assert progress.batch == trainer.batches_per_epoch(task, args)
-        assert arguments <= {(task.t, args.batch_size // 4)}
+        assert arguments <= {(task.t, args.batch_size // 4, args.merge_batchnorm)}
         return copy.copy(seen)
 
     return train
@@ -970,11 +971,14 @@ def test_an_optimizer_that_is_given_keeps_its_momentum(args, run, data, monkeypa
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("t", [1, 2])
-def test_a_task_equals_that_of_the_plain_code(args, device, run, monkeypatch, in_float64, t):
+@pytest.mark.parametrize("t, merged", [(1, False), (2, False), (2, True)])
+def test_a_task_equals_that_of_the_plain_code(
+    args, device, run, monkeypatch, in_float64, t, merged
+):
     """The same batches: each epoch's learning rate and accuracy, the best and the last state."""
     batches, name = [], "kd_loss" if t > 1 else "task1_loss"
-    loss = getattr(trainer, name)
+    loss, plain_loss = getattr(trainer, name), getattr(reference, name + "_merged" * merged)
+    args.merge_batchnorm = merged
     monkeypatch.setattr(
         trainer, name, lambda model, *inputs: batches.append(inputs) or loss(model, *inputs)
     )
@@ -996,7 +1000,7 @@ def test_a_task_equals_that_of_the_plain_code(args, device, run, monkeypatch, in
         plain.train()
         losses = []
         for inputs in batches[epoch * steps : (epoch + 1) * steps]:
-            losses.append(getattr(reference, name)(plain, *inputs))
+            losses.append(plain_loss(plain, *inputs[:3]))
             take_step(losses[-1], optimizer)
         accuracy = reference.accuracy(plain, x_val, y_val, t)
         history.append((lr, sum(losses).item() / steps, accuracy))

@@ -45,7 +45,8 @@ METHODS = {
 # the setting in a group.
 GROUP_IGNORED = RESUME_IGNORED | {"seed", "deterministic", "control", "state"}
 # Flags that older records lack, with the values that they stand for.
-ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude", "joint": False, "finetune": False}
+ADDED_FLAGS = {"arch": "resnet18", "criterion": "magnitude"}
+ADDED_FLAGS |= dict.fromkeys(("joint", "finetune", "merge_batchnorm"), False)
 # Flags that a script took at that time although they changed nothing.
 REMOVED_FLAGS = {
     "main_train": {"unlabel_num"},
