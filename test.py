@@ -1,4 +1,4 @@
-"""Test a model on all tasks so far (docs/METHOD.md section 6).
+"""Test a model on all tasks so far.
 
     python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned --state 5
     python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
