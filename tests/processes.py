@@ -33,8 +33,9 @@ class Server:
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).resolve())]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun sets it
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def start(self, argv, cwd, limit=None, ranks=1):

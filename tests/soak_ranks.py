@@ -41,7 +41,7 @@ def torchrun(command, folder, ranks=2):
     script, *flags = command.split()
     argv = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / script), *flags]
     with open(folder / "out.txt", "w") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
         return subprocess.Popen(argv, cwd=folder, stdout=out, stderr=out, env=environment)
 
 
