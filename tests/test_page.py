@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_report import bottom_up, dense, retrained
@@ -103,6 +104,34 @@ def test_nothing_leaves_the_page(reduced):
     assert policy.startswith("default-src 'none'; ")
     (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+
+
+def shapes(root):
+    """What a drawing draws with <use>, and where and how large: (numbers, digits that count)."""
+
+    def numbers(text):
+        return [float(each) for each in re.findall(r"-?\d+(?:\.\d+)?", text)]
+
+    named = {each.get("id"): each.get("d", "") for each in root.iter() if each.get("id")}
+    for each in root.iter():
+        transform = each.get("transform", "")
+        if each.tag.endswith("use"):
+            link = each.get("href") or each.get(page.HREF)
+            yield numbers(named[link[1:]]) + numbers(transform), 1e-2
+        elif "scale" in transform:
+            yield numbers(transform.rpartition("scale")[2]), 1e-9
+
+
+def test_drawings_look_on_the_page_as_in_their_files(reduced):
+    """Every letter and marker is the same one, at the same place, up to digits nobody sees."""
+    for path in reduced.glob("*.svg"):
+        drawing = path.read_text("utf-8")
+        inline = ElementTree.fromstring(page.inline_svg(path.stem, drawing, "label"))
+        pairs = [*zip(shapes(inline), shapes(ElementTree.fromstring(drawing)), strict=True)]
+        assert len(pairs) > 100
+        for (found, _), (wanted, tolerance) in pairs:
+            assert len(found) == len(wanted)
+            assert all(abs(x - y) < tolerance for x, y in zip(found, wanted))
 
 
 HOSTILE = (
