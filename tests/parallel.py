@@ -28,7 +28,7 @@ from runtime.process import run_script  # noqa: E402
 
 SETTINGS = {"classifiers": 3, "classes_per_classifier": 2, "arch": "resnet18", "width": 2}
 SETTINGS |= {"precision": "fp32", "seed": 0, "batch_size": 24, "lr": 0.05, "momentum": 0.9}
-SETTINGS |= {"weight_decay": 5e-4, "merge_batchnorm": False}
+SETTINGS |= {"weight_decay": 5e-4}
 
 
 def normalize(images, data, of=dataset.normalize):
@@ -53,16 +53,18 @@ def make_data():
 
 
 def steps(out):
-    """An epoch of tasks 1, 2 and 3 each: everything that ranks must agree on, in a file."""
-    args, data, found = Namespace(**SETTINGS), make_data(), {}
-    for t in (1, 2, 3):
+    """An epoch of each task, of the last also merged: all that ranks must agree on, in a file."""
+    data, found = make_data(), {}
+    for t, merged in ((1, False), (2, False), (3, False), (3, True)):
+        args = Namespace(**SETTINGS, merge_batchnorm=merged)
+        epoch = f"task {t}, merged {merged}"
         generator = torch.Generator().manual_seed(t)
         logits = torch.randn(2, 23, 2 * t - 2, generator=generator, dtype=torch.float64)
         task = trainer.make_task(data, t, (data.pool, *logits) if t > 1 else ())
         model = trainer.make_model(args, torch.device("cpu"), t).double()
         optimizer, progress = trainer.make_optimizer(model, args, args.lr), trainer.Progress()
         for _ in trainer.train_epoch(model, optimizer, task, args, f"task{t}", progress):
-            step = f"task {t}, step {progress.batch}: "
+            step = f"{epoch}, step {progress.batch}: "
             found[f"{step}loss"] = torch.as_tensor(progress.total_loss).clone()
             found |= {f"{step}{name}": torch.as_tensor(x) for name, x in progress.parts.items()}
             for name, parameter in model.named_parameters():
@@ -70,8 +72,8 @@ def steps(out):
                     found[f"{step}gradient of {name}"] = parameter.grad.clone()
             found |= {f"{step}{name}": x.clone() for name, x in model.state_dict().items()}
         evaluated = trainer.evaluate(model, data.val, t, data, 7)
-        found[f"task {t}, confusion"] = torch.tensor(evaluated["confusion"])
-        found[f"task {t}, features"] = trainer.extract_features(model, data.pool, data, 7)
+        found[f"{epoch}, confusion"] = torch.tensor(evaluated["confusion"])
+        found[f"{epoch}, features"] = trainer.extract_features(model, data.pool, data, 7)
     if ranks.rank() == 0:
         torch.save(found, out)
 
