@@ -30,7 +30,6 @@ def run_script(main, parallel=False):
     line.
     """
     global _held, _pending
-    _pending = None
     _arrived.clear()
     keep_freed_memory()
     start_yielding()
@@ -65,7 +64,7 @@ def run_script(main, parallel=False):
     finally:
         for signum, handler in previous.items():  # torchrun stops the ranks when one has ended
             signal.signal(signum, signal.SIG_IGN if ranks.world() > 1 else handler)
-        _held = False
+        _held, _pending = False, None  # whatever the process does next, no signal waits for it
     message, status = ranks.last_words(message, status)
     if message is not None:
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr)
