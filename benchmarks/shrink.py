@@ -116,7 +116,7 @@ def main(argv=None):
     args = parse(argv)
     keep_freed_memory()
     columns = [
-        f"{t} threads, batch {b}" for t, b in itertools.product(args.threads, args.batch_sizes)
+        f"threads {t}, batch {b}" for t, b in itertools.product(args.threads, args.batch_sizes)
     ]
     heads = ["file", "density, %", "form", "parameters", "MACs", *columns]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
