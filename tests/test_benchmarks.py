@@ -23,6 +23,7 @@ import machine
 import precision
 import profile_step
 import published
+import shrink
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -256,3 +257,20 @@ def test_other_statistics_of_a_run(tmp_path, capsys):
     batchnorm.use_statistics(model, images, data)
     first = model.conv1(dataset.normalize(images, data))  # what layer1.0.bn1 normalizes
     torch.testing.assert_close(model.layer1[0].bn1.running_mean, first.mean((0, 2, 3)))
+
+
+def test_shrinking_from_the_command_line(tmp_path, capsys, monkeypatch):
+    ticket = Path(__file__).parent.parent / "pretrained" / "BU_ticket.npz"
+    monkeypatch.chdir(tmp_path)  # without a prepared set: random images
+    quick = "--threads 1 --batch_sizes 1,2 --repeats 1 --seconds 1e-3"
+    shrink.main([str(ticket), *quick.split()])
+    first, head, _, *rows, last = capsys.readouterr().out.splitlines()
+    assert "the same class for" in first and head.endswith("| threads 1, batch 2 |")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:4] for row in cells] == [
+        ["BU_ticket.npz", "3.11", "masked", "700,762"],
+        ["BU_ticket.npz", "3.11", "folded", "700,410"],
+        ["BU_ticket.npz", "3.11", "shrunk", "124,384"],
+    ]
+    assert all(float(cell.replace(",", "")) > 0 for row in cells for cell in row[5:])
+    assert last.startswith("images/s; cpu")
