@@ -165,7 +165,7 @@ def first_task(model, run):
     pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
     run.add(
         state=1,
-        **evaluate(model, task, run, "ticket")[0],
+        **trainer.evaluate_tasks(model, task, run, "task1_ticket"),
         density=pruning_utils.density(masks),
         **pruning_utils.ticket_record(masks, args, data),
         dense_accuracy=dense["accuracy"],

@@ -221,11 +221,13 @@ class Run(Record):
         self.journal = self.read_journal()
         if self.journal:
             self.check_settings(settings)
+            self.check_soft_labels(self.journal)
             self.journal.pop("finished", None)  # until close(), which may find a file damaged
             self.start -= self.journal["seconds"]
             self.epochs = read_epochs(self.path(f"{self.prefix}metrics.csv"))
         else:
             self.epochs = []
+            self.check_soft_labels({})
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
         self.results["states"] = self.journal["rows"]
         self.tensorboard = None
@@ -267,7 +269,7 @@ class Run(Record):
         return os.path.relpath(self.args.save_data_path, self.folder)
 
     def claim_folders(self):
-        """Lock the run's folders. Raises UserError if another run is or was in them."""
+        """Lock the run's folders. Raises UserError if another run is in them, or left records."""
         results = self.path(f"{self.prefix}results.json")
         journal = self.journal_path()
         if results.exists() and not journal.exists() and not self.args.overwrite:
@@ -280,6 +282,23 @@ class Run(Record):
         if not self.prefix and not self.args.no_teaching:
             folder = Path(self.args.save_data_path)
             self.locks["save_data_path"] = locks.lock_folder(folder, "save_data_path")
+
+    def check_soft_labels(self, journal):
+        """Raise UserError if teaching would replace another run's soft labels.
+
+        A run that starts over replaces those in its own folder, even if its journal is damaged.
+        """
+        own = self.args.overwrite and self.data_folder() == "data"
+        if "save_data_path" not in self.locks or own:
+            return
+        same = journal.get("data_folder") == self.data_folder()
+        for t in range(1, self.args.classifiers):
+            name = f"data/task{t}_img.npy"
+            if self.path(name).exists() and not (same and name in journal["wrote"]):
+                raise UserError(
+                    f"--save_data_path {self.args.save_data_path}: holds {self.path(name).name}, "
+                    f"soft labels of another run; name another folder"
+                )
 
     def check_locks(self):
         """Raise UserError if another process has taken the folders. Called before each write."""
@@ -346,6 +365,7 @@ class Run(Record):
         with contextlib.suppress(UserError):  # a damaged one: its files are replaced one by one
             journal = self.read_journal() or journal
         self.check_script(journal)
+        self.check_soft_labels(journal)
         same = journal.get("data_folder") == self.data_folder()
         for name in journal["wrote"]:
             if same or "/" not in name:  # another --save_data_path holds files of others

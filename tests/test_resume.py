@@ -598,13 +598,11 @@ def test_overwrite_leaves_other_runs_alone(scripts, reference, tmp_path):
     other = f"main_TD.py {soak.COMMANDS['TD'].split(' ', 1)[1]} --overwrite"
     check_error(scripts.run(other.split(), tmp_path / "CIL"), "a run of main_CIL.py")
     assert soak.outcome(tmp_path / "CIL") == before
-    # the data folder of another run: its files are not this run's
-    flags = ["--save_data_path", "../CIL/run/data", "--overwrite"]
-    pid = scripts.start([*TD, *flags], tmp_path / "TD")
-    wait_until(lambda: not (tmp_path / "TD" / "run" / "task4_best_model.pt").exists())
-    os.kill(pid, signal.SIGKILL)
-    scripts.wait()
-    assert soak.outcome(tmp_path / "CIL") == before
+    ours = soak.outcome(tmp_path / "TD")
+    for flags in (["--overwrite"], [], ["--save_dir", "new"]):
+        ended = scripts.run([*TD, "--save_data_path", "../CIL/run/data", *flags], tmp_path / "TD")
+        check_error(ended, "holds task1_img.npy, soft labels of another run; name another folder")
+        assert soak.outcome(tmp_path / "CIL") == before and soak.outcome(tmp_path / "TD") == ours
 
 
 def test_overwrite_removes_what_the_run_wrote_and_nothing_else(scripts, reference, finished):

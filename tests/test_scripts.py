@@ -427,22 +427,29 @@ def test_BU_regrows_or_keeps_its_mask(tmp_path, starts, accept):
 
 @pytest.mark.parametrize("select_on", ["test", "val"])
 def test_BU_chooses_tickets_on_the_selected_images(tmp_path, monkeypatch, select_on):
-    """Retraining is judged on the part that --select_on names, and never on another."""
-    parts, tested, real = [], [], (trainer.retrain, trainer.evaluate_tasks)
+    """Retraining is judged on the part that --select_on names, and a mask's cost too.
+
+    On that part masks cost 40 points, so that they re-grow; on another they would gain as much.
+    """
+    parts, real = [], (trainer.retrain, trainer.evaluate_tasks)
 
     def retrain(model, task, run, step, part):
         parts.append("test" if part is task.data.test else "val" if part is task.data.val else None)
         return real[0](model, task, run, step, part)
 
     def evaluate_tasks(model, task, run, name, part="test"):
-        tested.append(part)
-        return real[1](model, task, run, name, part)
+        accuracy = 80.0 if name.endswith("dense") == (part == select_on) else 40.0
+        found = {"accuracy": [accuracy] * task.t, "confusion": [[accuracy, 100 - accuracy]]}
+        return real[1](model, task, run, name, part) | found
 
     monkeypatch.setattr(trainer, "retrain", retrain)
     monkeypatch.setattr(trainer, "evaluate_tasks", evaluate_tasks)
-    run_BU(tmp_path, "--select_on", select_on, "--accept_decay", "-1000")
+    first, *later = run_BU(tmp_path, "--select_on", select_on)["states"]
     assert set(parts) == {select_on}
-    assert set(tested) == {"test", select_on}
+    assert later and all(row["regrown"] for row in later)
+    for row in (first, *later):
+        assert row["rounds"]
+        assert all(each["decay"] == 80 - each["accuracy"] for each in row["rounds"])
 
 
 def test_BU_a_regrowth_that_stops_at_its_first_pruning_stores_weights_not_retrained(
