@@ -51,6 +51,11 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     cli.finalize_args(args, "TD_{}")
+    if args.rewind == "finetune" and args.rewind_scope != "conv":
+        raise UserError(
+            f"--rewind finetune --rewind_scope {args.rewind_scope}: nothing is rewound; leave "
+            f"--rewind_scope out"
+        )
     schedule = ",".join(map(str, args.prune_scheduler))
     if len(args.prune_scheduler) != args.classifiers:
         raise UserError(

@@ -21,6 +21,7 @@ import utils
 from models import BACKBONES
 from runtime import cli, packed
 from runtime.checkpoint import read_state_dict
+from runtime.device import pick_device
 from runtime.files import file_checksum
 from runtime.process import run_script
 from runtime.run import Run
@@ -110,7 +111,7 @@ def main(argv=None):
     args = parse(argv)
     t = args.state
     step = f"retrain_task{t}" + f"_{args.control}" * (args.control != "none")
-    device = utils.pick_device(args)
+    device = pick_device(args)
     weights, masks = read_state_dict(args.weight), pruning_utils.load_masks(args.mask)
     model = trainer.make_model(args, device)
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
@@ -127,7 +128,7 @@ def main(argv=None):
     run.add(
         state=t,
         **trainer.evaluate_tasks(model, task, run, step),
-        density=pruning_utils.density(masks) if masks else 100.0,
+        density=pruning_utils.density(masks),
         **pruning_utils.network_record(masks, args, data),
         training=trained.summary(),
     )

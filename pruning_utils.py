@@ -97,6 +97,8 @@ def prune(scores, masks, percent, kept=None):
 
 def density(masks):
     """Share of the convolution weights that remain, in percent."""
+    if not masks:
+        return 100.0
     left = sum(int(mask.count_nonzero()) for mask in masks.values())
     return 100.0 * left / sum(mask.numel() for mask in masks.values())
 

@@ -11,17 +11,18 @@ the model costs (models/cost.py).
 With --save_dir the records are written there too, as test_<P>_results.json.
 """
 
+import json
 import time
 from pathlib import Path
 
 import dataset
 import pruning_utils
-import utils
 from models import BACKBONES, build_model
 from models.cost import shrunk_cost
 from models.shrink import ShrunkNet
 from runtime import cli, packed
 from runtime.checkpoint import read_state_dict
+from runtime.device import pick_device
 from runtime.errors import UserError
 from runtime.process import run_script
 from runtime.run import Record
@@ -79,9 +80,22 @@ def load_model(args, device):
     return model, masks, pruning_utils.density(pruning_utils.masks_of(model))
 
 
+def check_record(args, prefix):
+    """Raise UserError if --save_dir holds this record of another checkpoint."""
+    path = Path(args.save_dir or "") / f"{prefix}results.json"
+    try:
+        tested = args.save_dir and json.loads(path.read_text())["config"]["pretrained"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if tested and tested != args.pretrained:
+        raise UserError(
+            f"--save_dir {args.save_dir}: holds {path.name} of {tested}; name another folder"
+        )
+
+
 def main(argv=None):
     args, start = parse(argv), time.monotonic()
-    device = utils.pick_device(args)
+    device = pick_device(args)
     model, masks, density = load_model(args, device)
     data = dataset.load(args, device, checkpoint=args.pretrained, pool=False, parts=("test",))
     described = pruning_utils.network_record(masks, args, data)
@@ -92,7 +106,9 @@ def main(argv=None):
                 f"{list(data.image_size)} in {data.source}; give the set that it was shrunk for"
             )
         described["cost"] = shrunk_cost(args, model)
-    record = Record("test", args, data, model, f"test_{Path(args.pretrained).stem}_")
+    prefix = f"test_{Path(args.pretrained).stem}_state{args.state}_"
+    check_record(args, prefix)
+    record = Record("test", args, data, model, prefix)
     record.write()  # a folder that cannot be written is reported now
     print(record.header, end="", flush=True)
     evaluated = evaluate(model, data.test, args.state, data, args.batch_size)

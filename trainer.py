@@ -23,6 +23,7 @@ import utils
 from models import build_model
 from runtime import ranks
 from runtime.checkpoint import save_checkpoint
+from runtime.device import pick_device
 from runtime.errors import UserError
 from runtime.process import Interrupted, check_signals, hold_signals
 from runtime.run import Run
@@ -74,7 +75,7 @@ def start_run(script, args):
 
     The data set, run.data, is loaded first. The initialization is saved, once in the run's life.
     """
-    device = utils.pick_device(args)
+    device = pick_device(args)
     data = dataset.load(args, device)
     model = make_model(args, device)
     run = Run(script, args, data, model)

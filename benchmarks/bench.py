@@ -35,10 +35,10 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-import utils
 from datasets import DATASETS
 from models import BACKBONES
 from runtime import cli
+from runtime.device import pick_device
 from runtime.errors import UserError
 from runtime.files import save_text
 from runtime.process import keep_freed_memory, run_script
@@ -443,7 +443,7 @@ def make_parser(description, repeats):
     parser = cli.Parser(description)
     flag = parser.add_argument
     flag("--device", default="auto", help="as in the scripts (default auto)")
-    parser.set_defaults(gpu=0, deterministic=False)
+    parser.set_defaults(gpu=None, deterministic=False)
     flag("--width", type=cli.int_range(1), default=64, metavar="N", help="default %(default)s")
     flag("--out", type=cli.path, metavar="FILE", help="write the results as JSON, and resume them")
     default = {"default": repeats, "help": "default %(default)s"}
@@ -459,7 +459,7 @@ def main(argv=None):
     message = f"default: {rows} (the last three: CPU only)"
     parser.add_argument("--rows", metavar="A,B,..", help=message)
     args = parser.parse_args(argv)
-    device = utils.pick_device(args)
+    device = pick_device(args)
     known = [*ROWS, *machine.ROWS] if device.type == "cpu" else [*ROWS]
     names = args.rows.split(",") if args.rows else known
     for name in names:

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import trainer
-import utils
+from runtime.device import pick_device
 from runtime.errors import UserError, first_line, one_line
 from runtime.process import run_script
 from runtime.run import device_name
@@ -183,7 +183,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    device = utils.pick_device(args)
+    device = pick_device(args)
     results = conditions(args, device)
     print(", ".join(f"{key} {value}" for key, value in results.items()), flush=True)
     rows = bench.earlier_rows(args.out, results) if args.out else {}

@@ -34,10 +34,10 @@ from models.cost import layers_of, macs, parameters
 from models.shrink import shrink_network
 from runtime import cli, packed
 from runtime.errors import UserError
-from runtime.process import keep_freed_memory, run_script
+from runtime.process import run_script
 from runtime.run import device_name
 from tools import export
-from tools.pack import read_network, require
+from tools.pack import read_network, require, resolve_state
 
 
 def parse(argv):
@@ -45,14 +45,23 @@ def parse(argv):
     flag = parser.add_argument
     flag("files", nargs="+", type=cli.path, metavar="FILE", help="checkpoint or packed file")
     flag("--data", type=cli.path, metavar="DIR", help="the prepared set (default data/<dataset>)")
-    flag("--threads", type=cli.int_list, default="1,2", metavar="N,N", help=cli.DEFAULT)
-    flag("--batch_sizes", type=cli.int_list, default="1,256", metavar="N,N", help=cli.DEFAULT)
-    flag("--repeats", type=cli.int_range(1), default=7, metavar="N", help=cli.DEFAULT)
-    flag("--seconds", type=cli.positive, default=1.0, metavar="S", help="least time of a repeat, S")
+    message = f"threads of PyTorch {cli.DEFAULT}"
+    flag("--threads", type=cli.int_list, default="1,2", metavar="N,N", help=message)
+    message = f"images at once {cli.DEFAULT}"
+    flag("--batch_sizes", type=cli.int_list, default="1,256", metavar="N,N", help=message)
+    message = f"turns of each form {cli.DEFAULT}"
+    flag("--repeats", type=cli.int_range(1), default=7, metavar="N", help=message)
+    message = "seconds of a repeat, at least (default %(default)s)"
+    flag("--seconds", type=cli.positive, default=1.0, metavar="S", help=message)
     flag("--onnx", action="store_true", help="ONNX Runtime too")
     args = parser.parse_args(argv)
-    if 0 in args.threads + args.batch_sizes:
-        raise UserError("--threads and --batch_sizes: found 0, give numbers of at least 1")
+    for name in ("threads", "batch_sizes"):
+        numbers = getattr(args, name)
+        if not numbers or 0 in numbers:
+            found = repr(",".join(map(str, numbers)))
+            raise UserError(f"--{name}: found {found}, give numbers of at least 1, such as 1,2")
+    if args.onnx:
+        export.require_onnx("--onnx", ["onnxruntime"])
     return args
 
 
@@ -62,7 +71,7 @@ def read(path):
     require(path, header, "mean", "std", "image_size")
     if packed.is_shrunk(header):
         raise UserError(f"{path}: is a shrunk network, give the file it was made from")
-    size, state = tuple(header["image_size"]), header["state"] or header["classifiers"]
+    size, state = tuple(header["image_size"]), resolve_state(Namespace(state=None), header)
     _, full = read_network(path)
     for each in (model, full):
         export.bake_masks(each)
@@ -114,7 +123,6 @@ def speeds(header, forms, args, bar):
 
 def main(argv=None):
     args = parse(argv)
-    keep_freed_memory()
     columns = [
         f"threads {t}, batch {b}" for t, b in itertools.product(args.threads, args.batch_sizes)
     ]

@@ -32,6 +32,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            flag = message.removeprefix("argument ").partition(":")[0]
+            message += f", one that begins with a dash as {flag}=VALUE"
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -257,8 +260,8 @@ def add_file_flags(parser, save_dir):
     flag(
         "--tensorboard",
         action="store_true",
-        help="also write the curves of metrics.csv as TensorBoard events, to "
-        "<save_dir>/tensorboard (needs the package tensorboard)",
+        help="also write the curves of metrics.csv as TensorBoard events, beside it (needs the "
+        "package tensorboard)",
     )
     flag(
         "--overwrite",
@@ -282,8 +285,9 @@ def add_training_flags(parser):
         help=f"epochs after which the learning rate is divided by 10 {DEFAULT}",
     )
     below_one = float_range("a number from 0 to below 1", lambda v: 0 <= v < 1)
-    flag("--momentum", type=below_one, default=0.9, metavar="X", help=DEFAULT)
-    flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=DEFAULT)
+    flag("--momentum", type=below_one, default=0.9, metavar="X", help=f"of SGD {DEFAULT}")
+    message = f"of SGD, also on BatchNorm and heads {DEFAULT}"
+    flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=message)
     flag(
         "--merge_batchnorm",
         action="store_true",
@@ -302,7 +306,8 @@ def add_training_flags(parser):
 
 def add_batch_size_flag(flag):
     """flag: the add_argument of a group."""
-    flag("--batch_size", type=int_range(1), default=256, metavar="N", help=DEFAULT)
+    message = f"images a batch; training divides it into four sub-batches after task 1 {DEFAULT}"
+    flag("--batch_size", type=int_range(1), default=256, metavar="N", help=message)
 
 
 def add_network_flags(parser, backbones):
@@ -399,6 +404,8 @@ def finalize_args(args, save_dir=None):
         raise UserError(f"--state {last}: give a task from 1 to {args.classifiers}")
     if save_dir is not None:
         check_batch_size(args, last)
+        if args.merge_batchnorm and last == 1:
+            raise UserError("--merge_batchnorm: task 1 has no sub-batches to merge; leave it out")
         args.save_dir = args.save_dir or save_dir.format(args.dataset)
         args.save_data_path = args.save_data_path or str(Path(args.save_dir) / "data")
     for key in ("save_dir", "save_data_path"):

@@ -12,13 +12,19 @@ import os
 import secrets
 import socket
 import warnings
+from pathlib import Path
 
 import filelock
 
 from runtime.errors import UserError, first_line
 from runtime.files import save_text
 
-LOCKS = {}  # {path of a lock: (lock or None, owner)} of the folders that this process works in
+LOCKS = {}  # {key of a lock: (lock or None, owner)} of the folders that this process works in
+
+
+def key(path):
+    """The path of a lock, however it is spelled."""
+    return Path(os.path.realpath(path))
 
 
 def owner_path(lock):
@@ -45,7 +51,7 @@ def lock_folder(folder, flag, prefix=""):
     A killed process holds no lock.
     """
     path = folder / f".{prefix}lock"
-    if path in LOCKS:  # of an earlier run in this process
+    if key(path) in LOCKS:  # of an earlier run in this process
         leave(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,7 @@ def lock_folder(folder, flag, prefix=""):
             flush=True,
         )
     owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
-    LOCKS[path] = lock, owner
+    LOCKS[key(path)] = lock, owner
     save_text(owner_path(path), owner)
     return path
 
@@ -82,7 +88,7 @@ def lock_folder(folder, flag, prefix=""):
 def check(path, flag):
     """Raise UserError if another process has taken the folder of this lock since."""
     found, name = read_owner(path)
-    if name == LOCKS[path][1]:
+    if name == LOCKS[key(path)][1]:
         return
     if not found:  # the other one may have left, with its name
         raise UserError(
@@ -98,7 +104,7 @@ def check(path, flag):
 
 def leave(path):
     """Give a folder back."""
-    lock, owner = LOCKS.pop(path)
+    lock, owner = LOCKS.pop(key(path))
     if read_owner(path)[1] == owner:
         owner_path(path).unlink(missing_ok=True)
     if lock:

@@ -9,10 +9,10 @@ import processes
 import pytest
 import torch
 
-import utils
 from dataset import Data
 from datasets import prepare
 from models import build_model
+from runtime.device import pick_device
 from runtime.run import Run
 
 
@@ -35,19 +35,19 @@ def device(request):
     marked = request.node.get_closest_marker("device")
     # for the fixture `deterministic`: cuBLAS reads it once, before the first product
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return pick_device(request.config.getoption("--device") if marked else "cpu")
+    return device_of(request.config.getoption("--device") if marked else "cpu")
 
 
 @pytest.fixture
 def deterministic(device):
     """The same bits every time, as with --deterministic (a CPU gives them anyway)."""
-    pick_device(str(device), deterministic=True)
+    device_of(str(device), deterministic=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def pick_device(name, deterministic=False):
-    return utils.pick_device(Namespace(device=name, gpu=0, deterministic=deterministic))
+def device_of(name, deterministic=False):
+    return pick_device(Namespace(device=name, gpu=None, deterministic=deterministic))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def args(tmp_path, device):
         arch="resnet18",
         precision="fp32",
         device=str(device),
-        gpu=0,
+        gpu=None,
         deterministic=False,
         criterion="magnitude",
         checkpoint_seconds=60,

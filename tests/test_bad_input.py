@@ -244,6 +244,8 @@ CASES = [
     ("seed-huge", "main_CIL.py", f"--seed {HUGE}", "--seed"),
     ("seed-ten-thousand-digits", "main_CIL.py", f"--seed {10000 * '9'}", "--seed"),
     ("gpu-negative", "main_CIL.py", "--gpu -1", "--gpu"),
+    ("gpu-and-cpu", "main_CIL.py", "--gpu 1 --device cpu", "--gpu 1: are two devices; give one"),
+    ("gpu-99", "main_CIL.py", "--gpu 99 --device auto", "--gpu 99: this machine has"),
     (
         "checkpoint-seconds-negative",
         "main_TD.py",
@@ -280,6 +282,13 @@ CASES = [
     ("schedule-billion", "main_TD.py", "--prune_scheduler 1,1000000000,1", "--prune_scheduler"),
     ("rewind-unknown", "main_TD.py", "--rewind back", "--rewind"),
     ("rewind-scope-unknown", "main_TD.py", "--rewind_scope heads", "--rewind_scope"),
+    (
+        "rewind-scope-of-nothing",
+        "main_TD.py",
+        "--rewind finetune --rewind_scope all",
+        "--rewind_scope all: nothing is rewound",
+    ),
+    ("merged-task", "main_CIL.py", "--classifiers 1 --merge_batchnorm", "--merge_batchnorm: task"),
     ("select-on-train", "main_BU.py", "--select_on train", "--select_on"),
     ("criterion-unknown", "main_BU.py", "--criterion gradient", "--criterion"),
     ("criterion-CIL", "main_CIL.py", "--criterion random", "--criterion"),

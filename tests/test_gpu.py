@@ -139,6 +139,7 @@ def test_the_protocol_is_in_order_of_priority():
         (["--minutes", "0"], "--minutes: found '0'"),
         (["--seeds", ""], "--seeds"),
         (["--rehearsal", "--data", "d"], "--data: a rehearsal"),
+        (["--rehearsal", "--flags", "--lr 0"], "--lr 0': main_TD.py: argument --lr: found '0'"),
         (["--rehearsal", "--out", "file"], "--out file: cannot be written"),
         (["--rehearsal", "--out", "other"], "--out other: holds what ran on cuda:0"),
         (["--rehearsal", "--out", "bad"], "bad/gpu.json: is damaged"),

@@ -264,6 +264,8 @@ def test_a_checkpoint_without_a_run(few_digits, capsys):
         ("none.npz --unpack --out c", "none.npz", "no such file"),
         ("task2_mine.pt --out task2_mine.pt", "--out task2_mine.pt", "itself"),
         ("task2_mine.pt --state 4 --out c", "--state 4", "from 1 to 3"),
+        ("task2_mine.pt --data set --out c", "--data set: give --dataset too"),
+        ("task2_mine.pt --class_order sorted --out c", "--class_order sorted: give --dataset too"),
         ("task2_mine.pt --dataset mnist --out c", "--dataset mnist", "digits"),
         ("task2_mine.pt --mask b.npz --out c", "b.npz", "no masks"),
         ("b.npz --dataset digits --out c", "--dataset digits", "b.npz", "leave the flag out"),

@@ -285,6 +285,8 @@ def test_a_data_set_that_cannot_be_prepared(monkeypatch):
         (["--size", "rehearsal", "--data", "d"], "--data: a rehearsal"),
         (["--list", "--chain", "0"], "--chain: not allowed with"),
         (["--list", "--out", "a\nb"], "--list: found a line break in a name"),
+        (["--chain", "0", "--jobs", "2"], "--chain --jobs: .* leave --jobs out"),
+        (["--flags", "--precision"], "argument --flags: expected .* with a dash as --flags=VALUE"),
         (["--chain", "15"], "--chain 15: these flags make 15 chains, give 0 to 14"),
         (["--chain", "0"], "--data reproduce/data: holds no prepared data set; run .* --prepare"),
         (["--status"], "--out reproduce: no such folder"),
@@ -368,6 +370,10 @@ def test_durations(seconds, text):
 
 def test_the_status_of_a_damaged_run(tmp_path):
     leave_run(tmp_path, "TD")
-    (tmp_path / "seed0" / "TD" / "run.json").write_text("{")
-    with pytest.raises(UserError, match="TD/run.json: is damaged"):
-        reproduce.main(["--out", str(tmp_path), "--status"])
+    for name, flag, message in (
+        ("run.json", "--status", "is damaged"),
+        ("results.json", "--report", "cannot be read or copied .*; run it again with --overwrite"),
+    ):
+        (tmp_path / "seed0" / "TD" / name).write_text("{")
+        with pytest.raises(UserError, match=f"TD/{name}: {message}"):
+            reproduce.main(["--out", str(tmp_path), flag])

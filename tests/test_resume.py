@@ -541,7 +541,7 @@ def test_a_folder_of_another_script_is_an_error(scripts, finished):
 def test_flags_that_change_no_result_may_differ(scripts, finished):
     moved = finished / "moved"
     (finished / "run").rename(moved)
-    flags = "--save_dir moved --print_freq 3 --gpu 1 --device cpu --checkpoint_seconds 7"
+    flags = "--save_dir moved --print_freq 3 --device cpu --checkpoint_seconds 7"
     ended = scripts.run([*TD, *flags.split()], finished)
     assert ended.status == 0 and "resumes after result_evaluated_on_test" in ended.out
 
@@ -699,7 +699,11 @@ def test_without_locks_the_first_of_two_stops(reference, tmp_path, body):
 
 
 def test_a_second_process_that_has_left_is_noticed(tmp_path):
+    """Not this process, which may name a folder twice, in other words."""
     path = locks.lock_folder(tmp_path, "save_dir")
+    (tmp_path / "link").symlink_to(tmp_path)
+    again = locks.lock_folder(tmp_path / "link", "save_data_path")
+    locks.check(again, "save_data_path")
     locks.check(path, "save_dir")
     locks.owner_path(path).unlink()
     with pytest.raises(UserError, match="--save_dir .*: its .owner is gone, so that another"):

@@ -1,6 +1,7 @@
 """The five scripts end to end on a handful of digits, and the decisions that each of them makes."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,6 @@ import pruning_utils
 import teaching
 import test as test_script
 import trainer
-import utils
 from datasets import prepare
 from models import build_model
 from runtime import metrics, process, ranks
@@ -83,7 +83,8 @@ def run_test(path, *flags):
 @pytest.fixture
 def on_device(device, monkeypatch):
     """The scripts find this device, and no other."""
-    monkeypatch.setattr(utils, "pick_device", lambda args: device)
+    for module in (trainer, main_train, test_script):
+        monkeypatch.setattr(module, "pick_device", lambda args: device)
 
 
 @pytest.fixture
@@ -530,8 +531,12 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, starts, capsys):
     cost = row["cost"]
     assert tested["cost"] == cost and cost["weights"] == sum(int(m.sum()) for m in masks.values())
     assert f"{cost['macs']:,} multiply-accumulates" in capsys.readouterr().out
-    records = results(tmp_path / "tested", "test_retrain_task2_best_model_results.json")
+    records = results(tmp_path / "tested", "test_retrain_task2_best_model_state2_results.json")
     assert records["script"] == "test"
+    shutil.copy(retrained, tmp_path / "tested")  # another checkpoint of the same name
+    flags = ["--pruned", "--state", "2", "--save_dir", str(tmp_path / "tested")]
+    with pytest.raises(UserError, match=f"holds .* of {retrained}; name another folder"):
+        run_test(tmp_path / "tested" / retrained.name, *flags)
 
     # of a pruned W all weights are taken and its mask is dropped; M may be a pruned checkpoint
     pruned = tmp_path / "task2_best_prun_model.pt"

@@ -77,15 +77,24 @@ def parse(argv):
     if Path(args.out).suffix not in (".onnx", ".pt2"):
         raise UserError(f"--out {args.out}: give a name that ends in .onnx or .pt2")
     if args.out.endswith(".onnx"):
-        needed = ["onnx", "onnxscript"] + ["onnxruntime"] * (not args.no_check)
-        missing = [name for name in needed if importlib.util.find_spec(name) is None]
-        if missing:
-            advice = " (or give --no_check)" if missing == ["onnxruntime"] else ""
-            raise UserError(
-                f"--out {args.out}: needs the packages {' and '.join(missing)}{advice}, type: pip "
-                f"install -r requirements-extra.txt"
-            )
+        more = ["onnxruntime"] * (not args.no_check)
+        require_onnx(f"--out {args.out}", more, " (or give --no_check)")
     return args
+
+
+def require_onnx(flag, more, otherwise=""):
+    """Raise UserError, naming `flag`, unless what writes ONNX and the packages `more` are there.
+
+    otherwise: what to do where only those of `more` are missing.
+    """
+    needed = ["onnx", "onnxscript", *more]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        advice = otherwise if missing == more else ""
+        raise UserError(
+            f"{flag}: needs the packages {' and '.join(missing)}{advice}, type: pip install -r "
+            f"requirements-extra.txt"
+        )
 
 
 class Predictor(nn.Module):

@@ -32,8 +32,8 @@ import profile_step
 import torch
 from tqdm import tqdm
 
-import utils
 from runtime import cli
+from runtime.device import pick_device
 from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import hold_signals, run_script
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
 def parse(argv):
     parser = cli.Parser(__doc__, "python -m tools.gpu")
-    parser.set_defaults(gpu=0, deterministic=False)
+    parser.set_defaults(gpu=None, deterministic=False)
     flag = parser.add_argument
     flag("--minutes", type=cli.positive, default=30, metavar="N", help="(default %(default)s)")
     flag("--device", metavar="DEVICE", help="as in the scripts (default cuda)")
@@ -91,7 +91,7 @@ def parse(argv):
 def find_machine(args):
     """What figures depend on, for the record. Raises UserError if there is no such device."""
     try:
-        device = utils.pick_device(args)
+        device = pick_device(args)
     except UserError as error:
         raise UserError(f"{error}; to rehearse on the CPU, give --rehearsal") from None
     return {
@@ -263,6 +263,7 @@ def main(argv=None):
     machine = find_machine(args)
     reproduce.make_folders(args)
     record, parts = read_record(args, machine), plan(args)
+    reproduce.check_flags(args, [part.job for part in parts if part.job])
     seconds = 60 * args.minutes
     kept = min(STOPPING + REPORTING, seconds / 3)
     grace = kept * STOPPING / (STOPPING + REPORTING)

@@ -235,6 +235,9 @@ def describe_set(path, args, record):
     """dataset, class_order, class_names, mean, std and image_size; None where unknown."""
     keys = ("dataset", "class_order", "class_names", "mean", "std", "image_size")
     if not args.dataset:
+        for name in ("data", "class_order"):
+            if getattr(args, name):
+                raise UserError(f"--{name} {getattr(args, name)}: give --dataset too")
         return dict.fromkeys(keys)
     if args.dataset not in dataset.DATASETS:
         raise UserError(

@@ -128,7 +128,7 @@ def add_protocol_flags(flag, out):
     )
     flag("--raw", type=cli.path, metavar="PATH", help="official files, as in dataset.py")
     flag("--unlabeled", nargs="+", type=cli.path, metavar="PATH", help="pool, as in dataset.py")
-    message = "more flags of every run, such as '--precision bf16'"
+    message = "more flags of every run, such as --flags='--precision bf16'"
     flag("--flags", type=cli.flag_text, metavar="FLAGS", help=message)
 
 
@@ -172,6 +172,8 @@ def parse(argv):
     size = SIZES[args.size]
     fill_in(args, size.out)
     default = min(usable_cores(), 64) if size.jobs is None else size.jobs
+    if args.chain is not None and args.jobs:
+        raise UserError("--chain --jobs: the runs of a chain follow one another; leave --jobs out")
     args.jobs = 1 if args.chain is not None else args.jobs or default
     return args
 
@@ -385,18 +387,25 @@ def run_all(jobs, args):
 def copy_records(args):
     """Copy the records of all runs with a result to DIR/results.
 
-    Returns the arguments with which tools.report compares them.
+    Returns the arguments with which tools.report compares them. Raises UserError.
     """
     folders = set()
     found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
     for path in found:
-        if json.loads(path.read_text())["states"]:
+        try:
+            if not json.loads(path.read_text())["states"]:
+                continue
             copy = args.out / "results" / path.relative_to(args.out)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             if epochs_path(path).exists():
                 shutil.copyfile(epochs_path(path), epochs_path(copy))
-            folders.add(str(copy.parent))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{path}: cannot be read or copied ({first_line(error)}); run it again with "
+                f"--overwrite, or make room in {args.out}"
+            ) from None
+        folders.add(str(copy.parent))
     return [*sorted(folders), "--out", str(args.out / "results")]
 
 
