@@ -8,10 +8,11 @@ The last is a packed file (tools/pack.py), which tells the network, data set, cl
 A shrunk one is dense: leave out --pruned.
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
 the model costs (models/cost.py).
-With --save_dir the records are written there too, as test_<P>_results.json.
+With --save_dir the records are written there too, as test_<P>_state<t>_results.json.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def check_record(args, prefix):
         tested = args.save_dir and json.loads(path.read_text())["config"]["pretrained"]
     except (OSError, ValueError, LookupError, TypeError):
         return
-    if tested and tested != args.pretrained:
+    if tested and os.path.realpath(tested) != os.path.realpath(args.pretrained):
         raise UserError(
             f"--save_dir {args.save_dir}: holds {path.name} of {tested}; name another folder"
         )

@@ -26,14 +26,14 @@ def pick_device(args):
     if name == "auto":
         if count > gpu:
             return torch.device("cuda", gpu)
-        if args.gpu is not None:
+        if gpu:  # 0, the default, is as if not given
             advice = f"give 0..{count - 1}" if count else "leave it out"
             raise UserError(f"--gpu {gpu}: this machine has {count} CUDA device(s), {advice}")
         return torch.device("mps" if mps else "cpu")
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not re.fullmatch("cuda:[0-9]+", name)):
         raise UserError(f"--device {name}: unknown; give auto, cpu, cuda, cuda:N or mps")
-    if args.gpu is not None and name != "cuda":
+    if gpu and name not in ("cuda", f"cuda:{gpu}"):
         raise UserError(f"--device {name} --gpu {gpu}: are two devices; give one")
     if kind == "cuda" and count <= int(index or gpu):
         raise UserError(

@@ -291,14 +291,23 @@ class Run(Record):
         own = self.args.overwrite and self.data_folder() == "data"
         if "save_data_path" not in self.locks or own:
             return
-        same = journal.get("data_folder") == self.data_folder()
+        advice = "give --overwrite" if self.data_folder() == "data" else "remove them"
         for t in range(1, self.args.classifiers):
             name = f"data/task{t}_img.npy"
-            if self.path(name).exists() and not (same and name in journal["wrote"]):
+            if self.path(name).exists() and not self.has_written(
+                journal, f"task{t}_teaching", name
+            ):
                 raise UserError(
                     f"--save_data_path {self.args.save_data_path}: holds {self.path(name).name}, "
-                    f"soft labels of another run; name another folder"
+                    f"soft labels that are not of this run; name another folder, or {advice}"
                 )
+
+    def has_written(self, journal, step, name):
+        """Whether a step of the journal's run has written this file; the folders may have moved."""
+        if journal.get("data_folder") == self.data_folder():
+            return name in journal["wrote"]
+        entry = journal.get("steps", {}).get(step)
+        return bool(entry) and entry["files"].get(name) == file_checksum(self.path(name))
 
     def check_locks(self):
         """Raise UserError if another process has taken the folders. Called before each write."""

@@ -259,6 +259,7 @@ def test_a_checkpoint_without_a_run(few_digits, capsys):
     found = run_pack("task2_mine.pt", "--out", "b.npz", *flags)
     assert (found["state"], found["class_order"]) == (1, [0, 1, 2, 3, 4, 5])
     assert found["class_names"] == list("012345") and found["mean"] == [0.3066] * 3
+    run_pack("a.npz", "--unpack", "--out", "lacks.pt")
     for words, *fragments in (
         ("task2_mine.pt --unpack --out c", "not a packed file", "--unpack"),
         ("none.npz --unpack --out c", "none.npz", "no such file"),
@@ -269,6 +270,7 @@ def test_a_checkpoint_without_a_run(few_digits, capsys):
         ("task2_mine.pt --dataset mnist --out c", "--dataset mnist", "digits"),
         ("task2_mine.pt --mask b.npz --out c", "b.npz", "no masks"),
         ("b.npz --dataset digits --out c", "--dataset digits", "b.npz", "leave the flag out"),
+        ("lacks.pt --data set --out c", "--data set: give --dataset too"),
         ("b.npz --unpack --half --out c", "--half"),
         ("b.npz --unpack --out b.npz/c", "b.npz/c"),
     ):

@@ -372,7 +372,11 @@ def test_the_status_of_a_damaged_run(tmp_path):
     leave_run(tmp_path, "TD")
     for name, flag, message in (
         ("run.json", "--status", "is damaged"),
-        ("results.json", "--report", "cannot be read or copied .*; run it again with --overwrite"),
+        (
+            "results.json",
+            "--report",
+            "cannot be read or copied .*; its command, shown by --list, writes",
+        ),
     ):
         (tmp_path / "seed0" / "TD" / name).write_text("{")
         with pytest.raises(UserError, match=f"TD/{name}: {message}"):

@@ -541,7 +541,9 @@ def test_a_folder_of_another_script_is_an_error(scripts, finished):
 def test_flags_that_change_no_result_may_differ(scripts, finished):
     moved = finished / "moved"
     (finished / "run").rename(moved)
-    flags = "--save_dir moved --print_freq 3 --device cpu --checkpoint_seconds 7"
+    (moved / "data").rename(finished / "labels")
+    folders = "--save_dir moved --save_data_path labels"
+    flags = f"{folders} --print_freq 3 --gpu 0 --device cpu --checkpoint_seconds 7"
     ended = scripts.run([*TD, *flags.split()], finished)
     assert ended.status == 0 and "resumes after result_evaluated_on_test" in ended.out
 
@@ -601,7 +603,7 @@ def test_overwrite_leaves_other_runs_alone(scripts, reference, tmp_path):
     ours = soak.outcome(tmp_path / "TD")
     for flags in (["--overwrite"], [], ["--save_dir", "new"]):
         ended = scripts.run([*TD, "--save_data_path", "../CIL/run/data", *flags], tmp_path / "TD")
-        check_error(ended, "holds task1_img.npy, soft labels of another run; name another folder")
+        check_error(ended, "holds task1_img.npy, soft labels that are not of this run")
         assert soak.outcome(tmp_path / "CIL") == before and soak.outcome(tmp_path / "TD") == ours
 
 

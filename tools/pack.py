@@ -164,8 +164,8 @@ def describe_unknown(path, header, found, flags):
             raise UserError(f"--{key} {given}: {path} tells it itself, leave the flag out")
     check_state(flags, found)
     told = {"state": flags.state} if flags.state else {}
-    if flags.dataset:
-        names = ("dataset", "data", "class_order")
+    names = ("dataset", "data", "class_order")
+    if any(vars(flags)[name] for name in names):
         args = Namespace(**found, **{name: vars(flags)[name] for name in names})
         told |= describe_set(path, args, {})
     return told

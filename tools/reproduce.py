@@ -402,8 +402,8 @@ def copy_records(args):
                 shutil.copyfile(epochs_path(path), epochs_path(copy))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"{path}: cannot be read or copied ({first_line(error)}); run it again with "
-                f"--overwrite, or make room in {args.out}"
+                f"{path}: cannot be read or copied ({first_line(error)}); its command, shown by "
+                f"--list, writes it again"
             ) from None
         folders.add(str(copy.parent))
     return [*sorted(folders), "--out", str(args.out / "results")]
