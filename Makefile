@@ -25,8 +25,8 @@ TICKETS = $(TRAIN) --unlabel_num 3 --iter_epochs 1
 
 .PHONY: demo reproduce gpu test lint soak slurm-soak clean
 
-# Each script resumes or finds its work done. The third command retrains the bottom-up ticket of task
-# 3, task-rewound: its mask on the dense weights of task 2.
+# Each script resumes or finds its work done. The third command retrains the bottom-up ticket of
+# task 3, task-rewound: its mask on the dense weights of task 2.
 demo: $(VENV)/installed
 	$(RUN) main_TD.py $(TICKETS) --save_dir demo/TD
 	$(RUN) main_BU.py $(TICKETS) --max_iter_prun 16 --save_dir demo/BU

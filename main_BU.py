@@ -24,9 +24,7 @@ def make_parser():
     parser = cli.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
     flag = cli.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
     points = {"type": cli.finite, "metavar": "POINTS"}
-    message = (
-        f"accuracy loss, in points, at which pruning stops, past --base_sparsity {cli.DEFAULT}"
-    )
+    message = f"accuracy loss, in points, that ends pruning past --base_sparsity {cli.DEFAULT}"
     flag("--deacc", default=2, help=message, **points)
     message = f"accuracy loss, in points, from which the mask re-grows {cli.DEFAULT}"
     flag("--accept_decay", default=1, help=message, **points)
