@@ -221,14 +221,13 @@ class Run(Record):
         self.journal = self.read_journal()
         if self.journal:
             self.check_settings(settings)
-            self.check_soft_labels(self.journal)
             self.journal.pop("finished", None)  # until close(), which may find a file damaged
             self.start -= self.journal["seconds"]
             self.epochs = read_epochs(self.path(f"{self.prefix}metrics.csv"))
         else:
             self.epochs = []
-            self.check_soft_labels({})
             self.journal = settings | {"steps": {}, "rows": [], "wrote": [], "seconds": 0.0}
+        self.check_soft_labels(self.journal)
         self.results["states"] = self.journal["rows"]
         self.tensorboard = None
         if args.tensorboard:
@@ -288,15 +287,13 @@ class Run(Record):
 
         A run that starts over replaces those in its own folder, even if its journal is damaged.
         """
-        own = self.args.overwrite and self.data_folder() == "data"
-        if "save_data_path" not in self.locks or own:
+        own = self.data_folder() == "data"
+        if "save_data_path" not in self.locks or (own and self.args.overwrite):
             return
-        advice = "give --overwrite" if self.data_folder() == "data" else "remove them"
+        advice = "give --overwrite" if own else "remove them"
         for t in range(1, self.args.classifiers):
-            name = f"data/task{t}_img.npy"
-            if self.path(name).exists() and not self.has_written(
-                journal, f"task{t}_teaching", name
-            ):
+            step, name = f"task{t}_teaching", f"data/task{t}_img.npy"
+            if self.path(name).exists() and not self.has_written(journal, step, name):
                 raise UserError(
                     f"--save_data_path {self.args.save_data_path}: holds {self.path(name).name}, "
                     f"soft labels that are not of this run; name another folder, or {advice}"
