@@ -25,9 +25,8 @@ def macs_by_hand(w, side, classes):
 
 
 def flags(arch, width, classes=10):
-    return Namespace(
-        arch=arch, width=width, classifiers=classes // 2, classes_per_classifier=2, precision="fp32"
-    )
+    tasks = {"classifiers": classes // 2, "classes_per_classifier": 2}
+    return Namespace(arch=arch, width=width, precision="fp32", **tasks)
 
 
 @pytest.mark.parametrize(

@@ -132,16 +132,14 @@ def test_logits_are_those_of_the_first_heads_of_one_kind():
 )
 def test_sizes_at_the_default_width(arch, width, features, conv_weights, parameters):
     """parameters: of the backbone, without heads."""
-    args = {"arch": arch, "width": None, "classes_per_classifier": 10, "classifiers": 4}
-    args = Namespace(**args, precision="fp32")
+    tasks = {"classes_per_classifier": 10, "classifiers": 4}
+    args = Namespace(arch=arch, width=None, precision="fp32", **tasks)
     model = build_model(args)
     assert len(model.conv1.weight) == args.width == width
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert sum(conv.weight.numel() for conv in convs) == conv_weights
     of_backbone = [p for name, p in model.named_parameters() if not name.startswith("linear")]
     assert sum(p.numel() for p in of_backbone) == parameters
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
     assert [head.weight.shape for head in model.linear] == [(10, features)] * 4
 
 

@@ -30,9 +30,7 @@ def test_what_the_user_has_set_is_kept(monkeypatch, own, quota):
     assert found == waits | ({"OMP_NUM_THREADS": "3"} if quota == 3 else {}) | own
 
 
-@pytest.mark.parametrize(
-    "script", ["main_TD", "main_BU", "main_CIL", "main_train", "test", "dataset"]
-)
+@pytest.mark.parametrize("script", ["main_TD", "main_BU", "main_CIL", "main_train", "test"])
 def test_scripts_settle_it_before_torch_is_loaded(script):
     """Importing a script's modules changes nothing; running it sets what OpenMP will read."""
     code = f"""
