@@ -37,8 +37,9 @@ def write(path, args, state, **more):
         weight = key.removesuffix(MASK) + ORIG
         arrays |= {key: np.packbits(mask), weight: arrays[weight][mask]}
     left, total = (sum(map(count, masks.values())) for count in (np.count_nonzero, np.size))
-    header = {"format": FORMAT, "version": VERSION, "args": args, "accuracy": None, "command": None}
-    header |= {"density": 100.0 * left / total if masks else 100.0} | more
+    header = {"format": FORMAT, "version": VERSION, "args": args}
+    header |= {"density": 100.0 * left / total if masks else 100.0}
+    header |= {"accuracy": None, "command": None} | more
     content = json.dumps(header, sort_keys=True).encode()
     arrays = {"header": np.frombuffer(content, np.uint8)} | arrays  # first, see is_packed()
     return atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
@@ -68,16 +69,15 @@ def read_header(path):
 def read(path):
     """The args and the state dict of a packed file: (dict, {name: tensor}).
 
-    Convolutions of a ticket have <name>.weight_orig and <name>.weight_mask, both float32. Raises
-    UserError for a damaged or foreign file.
+    Convolutions of a ticket have <name>.weight_orig and <name>.weight_mask, both float32.
+    Raises UserError for a damaged or foreign file.
     """
     args = read_header(path)["args"]
     with reported(path):
         with torch.device("meta"):
             tensors = build_model(Namespace(**args, precision="fp32")).state_dict()
-        # a bit more for each weight under masks, and the start of each array
-        limit = sum(each.nbytes + each.numel() // 8 + 1000 for each in tensors.values())
-        check_zip(path, limit)
+        # a mask has a bit for each weight, the start of an array 128 bytes
+        check_zip(path, sum(t.nbytes + t.numel() // 8 + 1000 for t in tensors.values()))
         with np.load(path, allow_pickle=False) as arrays:
             return args, unpack(arrays, tensors)
 

@@ -108,10 +108,14 @@ def pack(given):
     if packed.is_packed(given.source):
         raise UserError(f"{given.source}: is packed already; choose a checkpoint")
     args, tensors = read_weights(given.source)
+    extra = [name for name in ("data", "class_order", "state") if vars(given)[name] is not None]
+    if args and extra:
+        raise UserError(f"--{extra[0]}: {given.source} says its classes; remove --{extra[0]}")
     flags.adopt(given, args, given.source)
     if args is None:  # a published file: the flags and the prepared dataset describe it
         dataset.resolve_tasks(given)
-        flags.finalize_args(given, BACKBONES)
+        flags.finalize_args(given)
+        given.width = given.width or BACKBONES[given.arch].default_width
         data = dataset.load(given, torch.device("cpu"), pool=False, splits=("test",))
         args = describe(given, data, given.state)
     model = build_model(Namespace(**args, precision="fp32"))
@@ -209,10 +213,7 @@ def compare(content, predictor, images, out):
 def classify(given):
     """Print the likeliest classes of pictures. Returns the probabilities, float32 [n,classes]."""
     args, predictor = load(given.source, given.state)
-    if folder := next(filter(os.path.isdir, given.images), None):
-        raise UserError(f"{folder}: is a folder; name pictures: {os.path.join(folder, '*.jpg')}")
-    paths = [Path(name) for name in given.images]
-    images = [read_image(path.parent, path.name, args["image_size"][0]) for path in paths]
+    images = [read_image(Path(name), args["image_size"][0]) for name in given.images]
     with torch.inference_mode():
         batches = torch.from_numpy(np.stack(images)).split(256)
         shares = torch.cat([predictor(batch) for batch in batches]).softmax(1)
