@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from runtime.cli import CONTROLS
+from runtime.args import CONTROLS
 from runtime.errors import one_line
 
 # safe for color-blind readers (Okabe & Ito 2008)

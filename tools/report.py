@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from runtime import measures
-from runtime.cli import CONTROLS, Parser
+from runtime.args import CONTROLS, Parser
 from runtime.errors import UserError, one_line
 from runtime.files import atomic_write, save_text
 from runtime.process import run_script
