@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
 import profile_step
 import torch
-from runtime.device import pick_device
 from tqdm import tqdm
 
 from runtime import cli
+from runtime.device import pick_device
 from runtime.errors import UserError, one_line
 from runtime.files import save_text
 from runtime.process import hold_signals, run_script

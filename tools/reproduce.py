@@ -29,11 +29,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.epochs import epochs_path
-
 import dataset
 from datasets.prepare import ensure_prepared, holds_set
 from runtime import cli
+from runtime.epochs import epochs_path
 from runtime.errors import UserError, first_line
 from runtime.process import STOPPING, Interrupted, check_signals, hold_signals, run_script
 from runtime.threads import usable_cores

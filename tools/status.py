@@ -10,9 +10,8 @@ from statistics import mean
 from typing import NamedTuple
 
 from runtime.epochs import read_epochs
-from runtime.locks import read_owner
-
 from runtime.errors import UserError, one_line
+from runtime.locks import read_owner
 
 ENDED = "tools.reproduce: ended with status "  # the last line of the log of a run that has failed
 WRITES_SECONDS = 900  # a run at work writes more often: each epoch, and --checkpoint_seconds (60)
