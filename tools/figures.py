@@ -88,7 +88,7 @@ def as_png(figure):
 def title(states):
     """The datasets and networks of the runs."""
     found = states[["dataset", "arch", "width"]].drop_duplicates().itertuples(index=False)
-    return one_line("; ".join(f"{d}, {arch} of width {width}" for d, arch, width in found), 100)
+    return one_line("; ".join(f"{d}, {arch} of width {width}" for d, arch, width in found))[:100]
 
 
 def over_seeds(rows, column):
@@ -310,7 +310,7 @@ def confusion(confusions):
         image = axes.imshow(shares, "cividis", vmin=0, vmax=100)
         axes.set(xlabel="predicted", ylabel="class")
         axes.set_title(textwrap.fill(run, 40))
-        number, names = len(shares), [one_line(name, 14) for name in shares.index]
+        number, names = len(shares), [one_line(name)[:14] for name in shares.index]
         if number <= 20:
             axes.set_xticks(range(number), names, rotation=90, fontsize=7)
             axes.set_yticks(range(number), names, fontsize=7)

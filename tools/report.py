@@ -168,7 +168,7 @@ def label_runs(records):
     for text, group in zip(labels, groups.values()):
         if labels.count(text) > 1:
             place = "/".join(Path(os.path.realpath(group[0]["folder"])).parts[-2:])
-            text += f" ({one_line(place, 40)})"
+            text += f" ({one_line(place)[:40]})"
         for record in group:
             record["run"] = text
 
@@ -189,7 +189,7 @@ def label(record, others):
         if differs and value is not None and value is not False:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             name += f" --{flag}" + ("" if value is True else f" {text}")
-    return one_line(name, 70)
+    return one_line(name)[:70]
 
 
 # ------------------------------------------------------------------------------ frames
