@@ -60,43 +60,24 @@ def test_the_scripts_accept_the_planned_commands(size, epochs, batch_size, lr, n
         seen.add(job.name)
 
 
-def test_the_medium_plan_is_by_priority():
-    jobs, runs = plan_of("--size", "medium")
+def test_the_plan_is_by_priority_and_its_chains_cover_it_once():
+    jobs, runs = plan_of("--size", "medium", "--seeds", "0,1,0")
     names = [job.name.removeprefix("seed0/") for job in jobs[:18]]
     assert names[:6] == ["TD", "CIL", "BU", "BU_retrain_task3", "BU_retrain_task5", "TD_random"]
     assert names[16:] == ["CIL_no_teaching", "CIL_joint"]
-    assert [run.seed for run in runs] == 18 * [0] + 18 * [1] + 18 * [2] + [
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]
+    assert [run.seed for run in runs] == 18 * [0] + 18 * [1] + [0, 0, 0, 1, 1, 1]
     assert runs[5].criterion == "random" and runs[16].no_teaching and runs[17].joint
-
-
-def test_chains_cover_the_plan_once():
-    jobs, _ = plan_of("--seeds", "0,1,0")
-    chains = {}
-    for job in jobs:
-        chains.setdefault(job.chain, []).append(job)
-    assert [*chains] == [*range(10)] and len({job.name for job in jobs}) == len(jobs)
-    for chain in chains.values():  # a run, and those that need it
+    chains = [[job for job in jobs if job.chain == number] for number in range(14)]
+    assert sorted(job for chain in chains for job in chain) == sorted(jobs)
+    assert [len(chain) for chain in chains] == 2 * [1, 1, 13, 1, 1, 1] + [3, 3]
+    for chain in chains:  # a run, and those that need it
         assert [job.needs for job in chain] == ["", *[chain[0].name] * (len(chain) - 1)]
-    assert [len(chain) for chain in chains.values()] == [1, 1, 13, 1, 1, 1, 13, 1, 3, 3]
 
 
-@pytest.mark.parametrize("flags", ["--precision bf16", "--merge_batchnorm --unlabel_num 7"])
-def test_flags_go_to_every_run(flags):
-    for job, run in zip(*plan_of(f"--flags={flags}", "--out", "my runs")):
-        assert job.command[1:].index("--data") == len(flags.split())  # before those of the plan
+def test_flags_go_to_every_run():
+    for job, run in zip(*plan_of("--flags=--precision bf16", "--out", "my runs")):
+        assert job.command[1:4] == ["--precision", "bf16", "--data"]  # before those of the plan
         assert run.data == "my runs/data" and run.save_dir.startswith("my runs/seed")
-        assert (run.precision == "bf16") == ("bf16" in flags)
-        assert getattr(run, "merge_batchnorm", False) == ("merge" in flags)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +192,17 @@ def test_the_list_is_a_shell_script(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ a real run
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_chain_resumes(tmp_path, signum):
-    """SIGTERM to the pool alone, which passes it on; SIGKILL to it and the run."""
+def test_a_stopped_chain_resumes(tmp_path):
+    """The signal is for the pool alone, which passes it on."""
     command = [sys.executable, "-m", "tools.reproduce", "--size", "rehearsal", "--seeds", "5"]
     command += ["--out", str(tmp_path), "--chain", "4"]
     folder = tmp_path / "seed5" / "CIL_no_teaching"
-    process = subprocess.Popen(command, cwd=reproduce.ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=reproduce.ROOT)
     while not (folder / "metrics.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    (os.killpg if signum == signal.SIGKILL else os.kill)(process.pid, signum)
-    assert process.wait() == (-signum if signum == signal.SIGKILL else 128 + signum)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
     assert not json.loads((folder / "run.json").read_text()).get("finished")
     subprocess.run(command, cwd=reproduce.ROOT, check=True)
     assert json.loads((folder / "run.json").read_text())["finished"]

@@ -36,6 +36,7 @@ from runtime.args import CONTROLS, DEFAULT, Parser, int_list, int_range, path
 from runtime.errors import UserError
 from runtime.files import save_text
 from runtime.process import STOPPING, Interrupted, run_script
+from runtime.threads import quota_cores
 from tools import report
 
 ROOT = Path(__file__).parent.parent
@@ -206,8 +207,9 @@ def parse(argv):
 
 
 def cores():
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may keep busy."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, quota_cores())
 
 
 # ------------------------------------------------------------------------------ running
