@@ -24,21 +24,14 @@ class LifelongNet(nn.Module):
     """
 
     arch, default_width = None, None
-
-    def __init__(self, bf16=False):
-        super().__init__()
-        self.bf16 = bf16
+    bf16 = False
 
     def add_heads(self, features, classes_per_classifier, classifiers):
         """Add two heads for each task; features: length of the feature vector."""
-
-        def heads():
-            return nn.ModuleList(
-                nn.Linear(features, classes_per_classifier) for _ in range(classifiers)
-            )
-
-        self.linear_main = heads()
-        self.linear = heads()
+        self.linear_main, self.linear = (
+            nn.ModuleList(nn.Linear(features, classes_per_classifier) for _ in range(classifiers))
+            for _ in range(2)
+        )
 
     def features(self, x, groups=()):
         """Images [n,3,H,W], normalized, to features [n,d], float32.

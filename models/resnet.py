@@ -47,8 +47,8 @@ class ResNet18(LifelongNet):
 
     arch, default_width = "resnet18", 64
 
-    def __init__(self, classes_per_classifier, classifiers, width=64, bf16=False):
-        super().__init__(bf16)
+    def __init__(self, classes_per_classifier, classifiers, width=64):
+        super().__init__()
         self.conv1 = conv3x3(3, width)
         self.layer1 = blocks(PreActBlock, 2, width, width, 1)
         self.layer2 = blocks(PreActBlock, 2, width, 2 * width, 2)
@@ -92,8 +92,8 @@ class ResNet32(LifelongNet):
 
     arch, default_width = "resnet32", 16
 
-    def __init__(self, classes_per_classifier, classifiers, width=16, bf16=False):
-        super().__init__(bf16)
+    def __init__(self, classes_per_classifier, classifiers, width=16):
+        super().__init__()
         self.conv1 = conv3x3(3, width)
         self.bn1 = BatchNorm2d(width)
         self.layer1 = blocks(BasicBlock, 5, width, width, 1)
