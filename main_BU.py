@@ -9,29 +9,33 @@ dense, and once more under the current mask; if the mask costs too much, prune t
 it down to those that are needed, and add them. main_train.py retrains the tickets.
 """
 
+from runtime.threads import setup_threads
+
+setup_threads()  # before PyTorch is loaded
+
 import dataset
 import pruning_utils
 import teaching
 import trainer
+import utils
 from models import BACKBONES
-from runtime import cli
-from runtime.checkpoint import save_checkpoint
+from runtime import args as flags
 from runtime.errors import UserError
 from runtime.process import run_script
 
 
 def make_parser():
-    parser = cli.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
-    flag = cli.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
-    points = {"type": cli.finite, "metavar": "POINTS"}
-    message = f"accuracy loss, in points, that ends pruning past --base_sparsity {cli.DEFAULT}"
+    parser = flags.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
+    flag = flags.add_pruning_flags(parser, "bottom-up pruning", pruning_utils.CRITERIA)
+    points = {"type": flags.finite, "metavar": "POINTS"}
+    message = f"accuracy drop, in points, that ends pruning past --base_sparsity {flags.DEFAULT}"
     flag("--deacc", default=2, help=message, **points)
-    message = f"accuracy loss, in points, from which the mask re-grows {cli.DEFAULT}"
+    message = f"accuracy drop, in points, from which the mask re-grows {flags.DEFAULT}"
     flag("--accept_decay", default=1, help=message, **points)
-    message = f"maximum number of prunings per task {cli.DEFAULT}"
-    flag("--max_iter_prun", type=cli.int_range(1), default=26, metavar="N", help=message)
-    message = f"sparsity before which pruning does not stop {cli.DEFAULT}"
-    flag("--base_sparsity", type=cli.percentage, default=90, metavar="PERCENT", help=message)
+    message = f"maximum number of pruning rounds per task {flags.DEFAULT}"
+    flag("--max_iter_prun", type=flags.int_range(1), default=26, metavar="N", help=message)
+    message = f"sparsity before which pruning does not stop {flags.DEFAULT}"
+    flag("--base_sparsity", type=flags.percentage, default=90, metavar="PERCENT", help=message)
     message = "images on which tickets are chosen: test (published, default) or val (recommended)"
     flag("--select_on", choices=("test", "val"), default="test", help=message)
     return parser
@@ -40,36 +44,47 @@ def make_parser():
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
-    cli.finalize_args(args, "BU_{}")
+    flags.finalize_args(args, "BU_{}")
     return args
 
 
+def pruning_rounds(model, t, args, kept=None):
+    """Up to --max_iter_prun prunings, each of the masks and weights that the one before has left.
+
+    Yields the masks, to be retrained by the caller, and their sparsity in percent. kept: masks of
+    weights that stay in any case.
+    """
+    masks = pruning_utils.masks_of(model)
+    for number in range(1, args.max_iter_prun + 1):
+        stream = utils.BOTTOM_UP.format(t, number)
+        masks = pruning_utils.prune_once(model, masks, args, stream, kept)
+        yield masks, 100 - pruning_utils.density(masks)
+
+
 def find_ticket(model, task, run, dense_accuracy):
-    """Task 1's ticket: prune and retrain, round after round, until the accuracy has decayed.
+    """Task 1's ticket: prune and retrain, round after round, until the accuracy has dropped.
 
     model: task 1's dense best model; dense_accuracy: its accuracy on the --select_on images.
     Returns the masks, the state retrained under them, and the rounds as dicts. Raises UserError
     when no round is within the limits.
     """
-    args, masks, state, rounds = run.args, pruning_utils.masks_of(model), None, []
-    decay = sparsity = 0
-
-    def within_limits():
-        return decay < args.deacc or sparsity < args.base_sparsity
-
-    while within_limits() and len(rounds) < args.max_iter_prun:
-        step = f"task1_round{len(rounds) + 1}"
-        pruned = pruning_utils.prune_once(model, masks, args, step)
-        sparsity = 100 - pruning_utils.density(pruned)
-        decay = run_round(model, task, run, dense_accuracy, pruned, rounds)
-        if within_limits():  # otherwise the mask of one pruning fewer is the ticket
-            masks, state = pruned, pruning_utils.clone_state(model)
-    if state is None:
+    args, masks, state, rounds = run.args, None, None, []
+    limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
+    may_start = args.deacc > 0 or args.base_sparsity > 0  # published: no drop, no sparsity yet
+    for pruned, sparsity in pruning_rounds(model, 1, args) if may_start else ():
+        drop = retrain_round(model, task, run, dense_accuracy, pruned, rounds)
+        if drop >= args.deacc and sparsity >= args.base_sparsity:
+            break
+        masks, state = pruned, pruning_utils.clone_state(model)
+    else:
+        limits = f"--max_iter_prun {args.max_iter_prun}"
+    if masks is None:
         raise UserError(
             f"--percent {args.percent:g}, --deacc {args.deacc:g}, --base_sparsity "
-            f"{args.base_sparsity:g}: not even the first pruning is within the limits, which "
-            f"leaves no ticket; give a smaller --percent or a larger --deacc"
+            f"{args.base_sparsity:g}: not even the first pruning is within these limits, so there "
+            f"is no ticket; choose a smaller --percent or a larger --deacc"
         )
+    run.log(f"task 1: the search ended at {limits}")
     return masks, state, rounds
 
 
@@ -78,96 +93,106 @@ def regrow(model, task, run, dense_accuracy, current):
 
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
     """
-    args, masks, rounds, decay = run.args, pruning_utils.masks_of(model), [], 0
-    for number in range(1, args.max_iter_prun + 1):
-        step = f"task{task.t}_round{number}"
-        pruned = pruning_utils.prune_once(model, masks, args, step, current)
-        if number == 1:  # it counts even if it is one too many, but then it is not retrained
+    args, masks, rounds, drop = run.args, None, [], 0
+    limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
+    for pruned, sparsity in pruning_rounds(model, task.t, args, current):
+        if masks is None:  # it counts even if it is one too many, but then it is not retrained
             pruning_utils.apply_mask(model, pruned)
             masks, state = pruned, pruning_utils.clone_state(model)
-        sparsity = 100 - pruning_utils.density(pruned)
-        if decay >= args.deacc and sparsity >= args.base_sparsity:
+        if drop >= args.deacc and sparsity >= args.base_sparsity:
             break
-        decay = run_round(model, task, run, dense_accuracy, pruned, rounds)
-        if decay > args.deacc and sparsity > args.base_sparsity:
+        drop = retrain_round(model, task, run, dense_accuracy, pruned, rounds)
+        if drop > args.deacc and sparsity > args.base_sparsity:
             break
         masks, state = pruned, pruning_utils.clone_state(model)
+    else:
+        limits = f"--max_iter_prun {args.max_iter_prun}"
+    run.log(f"task {task.t}: the search ended at {limits}")
     return masks, state, rounds
 
 
-def run_round(model, task, run, dense_accuracy, masks, rounds):
-    """Retrain under masks, with a new optimizer; add the round to `rounds`, return the decay.
+def retrain_round(model, task, run, dense_accuracy, masks, rounds):
+    """Retrain under masks, with a new optimizer; add the round to `rounds`, return the drop.
 
-    The model continues from where it is. The decay is what is lost of `dense_accuracy` (percent)
+    The model continues from where it is. The drop is what is lost of `dense_accuracy` (percent)
     on the --select_on images of all classes so far, at the round's best epoch.
     """
     pruning_utils.apply_mask(model, masks)
-    step = f"task{task.t}_round{len(rounds) + 1}"
-    part = getattr(task.data, run.args.select_on)
-    accuracy = trainer.retrain(model, task, run, step, part).best
-    decay, density = dense_accuracy - accuracy, pruning_utils.density(masks)
-    rounds.append({"density": density, "accuracy": accuracy, "decay": decay})
+    t, number = task.t, len(rounds) + 1
+    stage, stream = f"task{t}_round{number}", utils.BOTTOM_UP.format(t, number)
+    images = getattr(task.data, run.args.select_on)
+    accuracy = trainer.retrain(model, task, run, stage, stream, images).best
+    drop = exact(dense_accuracy - accuracy)
+    density = pruning_utils.density(masks)
+    rounds.append({"density": density, "accuracy": accuracy, "decay": drop})
     run.log(
-        f"task {task.t}, pruning {len(rounds)}: {density:.2f} % remain, "
-        f"accuracy {accuracy:.2f} %, decay {decay:.2f}"
+        f"task {t}: pruning {number}, {pruning_utils.describe(masks)}, accuracy {accuracy:.2f} %, "
+        f"drop {drop:.2f}"
     )
-    return decay
+    return drop
 
 
-def stay_or_regrow(model, task, run, dense, masked, current):
+def exact(points):
+    """A difference of accuracies without its rounding, so that one of 1 point equals 1."""
+    return round(points, 9)
+
+
+def keep_or_regrow(model, task, run, dense, masked, current):
     """The next ticket: `current` while it costs less than --accept_decay. Returns as regrow.
 
     dense, masked: the two models of task t, evaluated on the --select_on images.
     """
     dense_mean, masked_mean = (sum(each["accuracy"]) / task.t for each in (dense, masked))
-    cost = dense_mean - masked_mean
+    cost = exact(dense_mean - masked_mean)
     if cost < run.args.accept_decay:
         run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
         return current, None, []
     run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
-    return regrow(model, task, run, trainer.pooled(dense), current)
+    return regrow(model, task, run, dense["overall"], current)
 
 
 def evaluate(model, task, run, name):
-    """trainer.evaluate() of a model of task t on the test images, and on the --select_on images."""
-    parts = ("test", run.args.select_on)
-    return [trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", p) for p in parts]
+    """A model of task t, evaluated on the test images, and on the --select_on images."""
+    splits = ("test", run.args.select_on)
+    return [trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", s) for s in splits]
 
 
-def take_ticket(run, t, find, *arguments):
+def find_or_load_ticket(run, t, find, *arguments):
     """Save what find(*arguments) finds. Returns the masks, and a dict of regrown and rounds."""
-    step, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
-    if not run.done(step):
+    stage, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
+    if not run.done(stage):
         masks, state, rounds = find(*arguments)
-        run.save(mask, pruning_utils.save_masks, masks)
+        run.save_checkpoint(mask, pruning_utils.mask_state(masks), t)
         if state:
-            run.save(weight, save_checkpoint, state)
+            run.save_checkpoint(weight, state, t)
         files = [mask, weight] if state else [mask]
-        run.finish(step, *files, regrown=bool(state) and t > 1, rounds=rounds)
+        run.finish(stage, *files, regrown=bool(state) and t > 1, rounds=rounds)
         run.log(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-    run.discard_steps(f"task{t}_round")
-    masks = pruning_utils.extract_mask(run.load(mask))
+    run.discard(f"task{t}_round")
+    masks = pruning_utils.extract_mask(run.load_weights(mask))
     if not run.result(f"task{t + 1}_ticket"):  # the newest
-        run.save("current_mask.pt", pruning_utils.save_masks, masks)
-    return masks, run.result(step)
+        run.save_checkpoint("current_mask.pt", pruning_utils.mask_state(masks), t)
+    return masks, run.result(stage)
 
 
 def first_task(model, run):
     """Task 1: dense, then its ticket. Returns the dense best state and the ticket's masks."""
     args, data = run.args, run.data
     task = teaching.build_task(data, args, 1)
-    trained = trainer.train_task(model, task, run, "task1")
+    trained = trainer.train_task(model, task, run, "task1", utils.TASK.format(1))
     pruning_utils.load_state(model, trained.best_state)
     dense, selected = evaluate(model, task, run, "dense")
     if args.classifiers > 1:
         teaching.teach(model, data, run, 1)
-    masks, found = take_ticket(run, 1, find_ticket, model, task, run, trainer.pooled(selected))
-    pruning_utils.load_state(model, run.load("task1_prune_weight.pt"))
+    find = find_ticket, model, task, run, selected["overall"]
+    masks, found = find_or_load_ticket(run, 1, *find)
+    pruning_utils.load_state(model, run.load_weights("task1_prune_weight.pt"))
     run.add(
-        state=1,
-        **trainer.evaluate_tasks(model, task, run, "task1_ticket"),
-        density=pruning_utils.density(masks),
-        **pruning_utils.ticket_record(masks, args, data),
+        1,
+        trainer.evaluate_tasks(model, task, run, "task1_ticket"),
+        pruning_utils.density(masks),
+        ticket_density=pruning_utils.density(masks),
+        **pruning_utils.network_record(masks, args, data),
         dense_accuracy=dense["accuracy"],
         dense_training=trained.summary(),
         rounds=found["rounds"],
@@ -183,23 +208,27 @@ def next_task(model, t, run, start, current):
     args, data = run.args, run.data
     task = teaching.build_task(data, args, t)
     pruning_utils.load_state(model, start)
-    trained = trainer.train_task(model, task, run, f"task{t}")
+    trained = trainer.train_task(model, task, run, f"task{t}", utils.TASK.format(t))
     pruning_utils.load_state(model, start, current)
-    pruned = trainer.train_task(model, task, run, f"task{t}_prun", f"task{t}_best_prun_model.pt")
-    pruning_utils.load_state(model, pruned.best_state)
-    tested, masked = evaluate(model, task, run, "prun")
+    stream, best_model = utils.TASK_UNDER_MASK.format(t), f"task{t}_best_prun_model.pt"
+    masked = trainer.train_task(model, task, run, f"task{t}_prun", stream, best_model)
     pruning_utils.load_state(model, trained.best_state)
-    dense_tested, dense = evaluate(model, task, run, "dense")
+    dense_tested, dense_selected = evaluate(model, task, run, "dense")
+    pruning_utils.load_state(model, masked.best_state)
+    tested, selected = evaluate(model, task, run, "prun")
+    pruning_utils.load_state(model, trained.best_state)
     if t < args.classifiers:
         teaching.teach(model, data, run, t)
-    masks, found = take_ticket(run, t, stay_or_regrow, model, task, run, dense, masked, current)
+    find = keep_or_regrow, model, task, run, dense_selected, selected, current
+    masks, found = find_or_load_ticket(run, t, *find)
     run.add(
-        state=t,
-        **tested,
-        density=pruning_utils.density(current),
-        **pruning_utils.ticket_record(masks, args, data),
+        t,
+        tested,
+        pruning_utils.density(current),
+        ticket_density=pruning_utils.density(masks),
+        **pruning_utils.network_record(masks, args, data),
         dense_accuracy=dense_tested["accuracy"],
-        training=pruned.summary(),
+        training=masked.summary(),
         dense_training=trained.summary(),
         **found,
     )
@@ -216,4 +245,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, parallel=True)
+    run_script(main)

@@ -1,7 +1,6 @@
 """The dense baseline: all tasks with lottery teaching, no pruning (docs/METHOD.md section 6).
 
-    python main_CIL.py                                      the published protocol on CIFAR-10
-    python main_CIL.py --dataset digits --width 8 --epochs 20 --unlabel_num 3
+    python main_CIL.py                                     the published protocol on CIFAR-10
     python main_CIL.py --joint --save_dir joint_cil        upper bound: all images of old tasks
     python main_CIL.py --finetune --save_dir finetune_cil  lower bound: no images of old tasks
 
@@ -10,55 +9,39 @@ keep the heads and the loss, but have no lottery teaching: with all old images n
 without exemplars nothing queries the pool.
 """
 
+from runtime.threads import setup_threads
+
+setup_threads()  # before PyTorch is loaded
+
 import dataset
 import pruning_utils
 import teaching
 import trainer
+import utils
 from models import BACKBONES
-from runtime import cli
-from runtime.errors import UserError
+from runtime import args as flags
 from runtime.process import run_script
 
 
 def make_parser():
-    parser = cli.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
-    flag = parser.add_argument_group("bounds").add_argument
-    flag(
-        "--joint",
-        action="store_true",
-        help="the upper bound: train with all training images of the old tasks in place of "
-        "exemplars, without lottery teaching",
+    parser = flags.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
+    flag = parser.add_argument_group("bounds").add_mutually_exclusive_group().add_argument
+    message = (
+        "the upper bound: train with all training images of the old tasks in place of exemplars, "
+        "without lottery teaching"
     )
-    flag(
-        "--finetune",
-        action="store_true",
-        help="the lower bound: train with the new images alone, without exemplars or lottery "
-        "teaching",
-    )
+    flag("--joint", action="store_true", help=message)
+    message = "the lower bound: train with the new images alone, without exemplars or teaching"
+    flag("--finetune", action="store_true", help=message)
     return parser
 
 
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
-    check_bounds(args)
     args.no_teaching |= args.joint or args.finetune
-    cli.finalize_args(args, "{}_cil")
+    flags.finalize_args(args, "{}_cil")
     return args
-
-
-def check_bounds(args):
-    """Raise UserError where --joint or --finetune contradicts another flag, or changes nothing."""
-    bound = "joint" if args.joint else "finetune" if args.finetune else None
-    if args.joint and args.finetune:
-        raise UserError("--joint --finetune: are two runs, the upper and the lower bound; give one")
-    if bound and args.no_teaching:
-        raise UserError(
-            f"--{bound} --no_teaching: the bounds have no lottery teaching anyway; leave "
-            f"--no_teaching out"
-        )
-    if bound and args.classifiers == 1:
-        raise UserError(f"--{bound} --classifiers 1: there are no old tasks; leave --{bound} out")
 
 
 def memory(data, args):
@@ -74,14 +57,14 @@ def main(argv=None):
     data = run.data
     for t in range(1, args.classifiers + 1):
         task = teaching.build_task(data, args, t, memory(data, args))
-        trained = trainer.train_task(model, task, run, f"task{t}")
+        trained = trainer.train_task(model, task, run, f"task{t}", utils.TASK.format(t))
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:
             teaching.teach(model, data, run, t)
         run.add(
-            state=t,
-            **trainer.evaluate_tasks(model, task, run, f"task{t}"),
-            density=100.0,
+            t,
+            trainer.evaluate_tasks(model, task, run, f"task{t}"),
+            100.0,
             **pruning_utils.network_record({}, args, data),
             training=trained.summary(),
         )
@@ -89,4 +72,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, parallel=True)
+    run_script(main)

@@ -9,65 +9,68 @@ last one, rewind the remaining weights, and train the next task under the mask. 
 trained once more at the end: the model of "task T+1" is the result.
 """
 
+from runtime.threads import setup_threads
+
+setup_threads()  # before PyTorch is loaded
+
 import dataset
 import pruning_utils
 import teaching
 import trainer
+import utils
 from models import BACKBONES
-from runtime import cli
-from runtime.checkpoint import save_checkpoint
+from runtime import args as flags
 from runtime.errors import UserError
 from runtime.process import run_script
 
 
 def make_parser():
-    parser = cli.training_parser(__doc__, "TD_<dataset>", dataset.DATASETS, BACKBONES)
-    flag = cli.add_pruning_flags(parser, "top-down pruning", pruning_utils.CRITERIA)
-    flag(
-        "--prune_scheduler",
-        type=cli.int_list,
-        default="1,1,2,3,5",
-        metavar="S1,..,ST",
-        help="number of prunings at each task (default %(default)s)",
-    )
-    flag(
-        "--rewind",
-        choices=("zero", "best", "rand", "finetune"),
-        default="zero",
-        help="what the remaining weights become before the next task: those of the initialization "
+    parser = flags.training_parser(__doc__, "TD_<dataset>", dataset.DATASETS, BACKBONES)
+    flag = flags.add_pruning_flags(parser, "top-down pruning", pruning_utils.CRITERIA)
+    message = "number of prunings at each task (default 1,1,2,3,5 for five tasks)"
+    flag("--prune_scheduler", type=flags.int_list, metavar="S1,..,ST", help=message)
+    message = (
+        "what the remaining weights become before the next task: those of the initialization "
         "(zero, default), of the task's best model (best), new random ones (rand), or no change "
-        "(finetune)",
+        "(finetune)"
     )
-    flag(
-        "--rewind_scope",
-        choices=("conv", "all"),
-        default="conv",
-        help="what is rewound: the convolutions (conv, default), or BatchNorm and heads too (all)",
-    )
+    choices = ("zero", "best", "rand", "finetune")
+    flag("--rewind", choices=choices, default="zero", help=message)
     return parser
 
 
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
-    cli.finalize_args(args, "TD_{}")
-    if args.rewind == "finetune" and args.rewind_scope != "conv":
+    flags.finalize_args(args, "TD_{}")
+    tasks = args.classifiers
+    if args.prune_scheduler is None and tasks == 5:
+        args.prune_scheduler = [1, 1, 2, 3, 5]  # published
+    if args.prune_scheduler is None:
+        ones = ",".join(["1"] * tasks)
         raise UserError(
-            f"--rewind finetune --rewind_scope {args.rewind_scope}: nothing is rewound; leave "
-            f"--rewind_scope out"
+            f"--prune_scheduler: its default is for 5 tasks, and there are {tasks}; give {tasks} "
+            f"numbers, for example --prune_scheduler {ones}"
         )
-    schedule = ",".join(map(str, args.prune_scheduler))
-    if len(args.prune_scheduler) != args.classifiers:
+    if len(args.prune_scheduler) != tasks:
         raise UserError(
-            f"--prune_scheduler {schedule}: found {len(args.prune_scheduler)} numbers, "
-            f"give {args.classifiers}, one for each task"
-        )
-    if (1 - args.percent) ** sum(args.prune_scheduler) < 1e-9:
-        raise UserError(
-            f"--prune_scheduler {schedule}: with --percent {args.percent:g} no weight would "
-            f"remain, give fewer prunings"
+            f"--prune_scheduler: expected {tasks} numbers, one for each task, got "
+            f"{len(args.prune_scheduler)}"
         )
     return args
+
+
+def check_schedule(model, args):
+    """Raise UserError if the curriculum leaves no weight."""
+    left = sum(p.numel() for p in model.parameters() if p.dim() == 4)  # of convolutions
+    for t, prunings in enumerate(args.prune_scheduler, 1):
+        for _ in range(prunings):
+            left -= round(args.percent * left)
+        if not left:
+            raise UserError(
+                f"--prune_scheduler: with --percent {args.percent:g} no weight is left after task "
+                f"{t}; choose fewer prunings or a smaller --percent"
+            )
 
 
 def prune_task(model, task, run):
@@ -77,12 +80,12 @@ def prune_task(model, task, run):
     # one optimizer for the task: its momentum is kept across prunings
     optimizer = trainer.make_optimizer(model, args, args.lr / 100)
     for number in range(1, prunings + 1):
-        step = f"task{t}_prune{number}"
-        masks = pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, step)
+        stream = utils.TOP_DOWN.format(t, number)
+        masks = pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, stream)
         pruning_utils.apply_mask(model, masks)
-        run.log(f"task {t}: pruning {number}, {pruning_utils.density(masks):.2f} % remain")
+        run.log(f"task {t}: pruning {number}, {pruning_utils.describe(masks)}")
         if number < prunings:
-            trainer.retrain(model, task, run, step, optimizer=optimizer)
+            trainer.retrain(model, task, run, f"task{t}_prune{number}", stream, optimizer=optimizer)
 
 
 def rewind(model, t, best, run):
@@ -92,37 +95,37 @@ def rewind(model, t, best, run):
     """
     args = run.args
     if args.rewind == "zero":
-        initial = run.load("task0_checkpoint_weight.pt")["state_dict"]
-        pruning_utils.rewind(model, initial, args.rewind_scope)
+        pruning_utils.rewind(model, run.load_weights("task0_checkpoint_weight.pt"))
     elif args.rewind == "best":
-        pruning_utils.rewind(model, best, args.rewind_scope)
+        pruning_utils.rewind(model, best)
     elif args.rewind == "rand":
         device = next(model.parameters()).device
-        fresh = trainer.make_model(args, device, f"task{t}", 0, "rewind")
-        pruning_utils.rewind(model, fresh.state_dict(), args.rewind_scope)
+        fresh = trainer.make_model(args, device, utils.TASK.format(t), 0, "rewind")
+        pruning_utils.rewind(model, fresh.state_dict())
 
 
 def make_ticket(model, task, run, last, best):
     """Put task t's ticket into the model: its last state, pruned and rewound. Returns the masks."""
-    step = f"task{task.t}_ticket"
-    if not run.done(step):
+    stage = f"task{task.t}_ticket"
+    if not run.done(stage):
         pruning_utils.load_state(model, last)
         prune_task(model, task, run)
         rewind(model, task.t, best, run)
-        run.save(f"{step}.pt", save_checkpoint, model.state_dict())
-        run.finish(step, f"{step}.pt")
-    run.discard_steps(f"task{task.t}_prune")
-    pruning_utils.load_state(model, run.load(f"{step}.pt"))
+        run.save_checkpoint(f"{stage}.pt", model.state_dict(), task.t)
+        run.finish(stage, f"{stage}.pt")
+    run.discard(f"task{task.t}_prune")
+    pruning_utils.load_state(model, run.load_weights(f"{stage}.pt"))
     return pruning_utils.masks_of(model)
 
 
 def main(argv=None):
     args = parse(argv)
     model, run = trainer.start_run("main_TD", args)
+    check_schedule(model, args)
     data, tasks = run.data, args.classifiers
 
     task = teaching.build_task(data, args, 1)
-    trained = trainer.train_task(model, task, run, "task1")
+    trained = trainer.train_task(model, task, run, "task1", utils.TASK.format(1))
     for t in range(1, tasks + 1):
         # 1. the best model of task t: evaluate it and teach with it
         last = pruning_utils.clone_state(model)
@@ -134,20 +137,21 @@ def main(argv=None):
         # 2. and 3. prune the last one as often as the curriculum says, and rewind it
         masks = make_ticket(model, task, run, last, trained.best_state)
         run.add(
-            state=t,
-            **evaluated,
-            density=tested,
-            **pruning_utils.ticket_record(masks, args, data),
+            t,
+            evaluated,
+            tested,
+            ticket_density=pruning_utils.density(masks),
+            **pruning_utils.network_record(masks, args, data),
             training=trained.summary(),
         )
         # 4. train the next task; after the last one, that one once more
         task = teaching.build_task(data, args, min(t + 1, tasks))
-        trained = trainer.train_task(model, task, run, f"task{t + 1}")
+        trained = trainer.train_task(model, task, run, f"task{t + 1}", utils.TASK.format(t + 1))
     pruning_utils.load_state(model, trained.best_state)
     run.add(
-        state=tasks + 1,
-        **trainer.evaluate_tasks(model, task, run, "result"),
-        density=pruning_utils.density(pruning_utils.masks_of(model)),
+        tasks + 1,
+        trainer.evaluate_tasks(model, task, run, "result"),
+        pruning_utils.density(pruning_utils.masks_of(model)),
         **pruning_utils.network_record(masks, args, data),
         training=trained.summary(),
     )
@@ -157,4 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, parallel=True)
+    run_script(main)

@@ -13,60 +13,43 @@ ticket ("TR-BU"). The soft labels are those of a run that has finished task t-1
 trains a control in its place: what a ticket must beat (docs/METHOD.md section 6).
 """
 
+from runtime.threads import setup_threads
+
+setup_threads()  # before PyTorch is loaded
+
 import dataset
 import pruning_utils
 import teaching
 import trainer
 import utils
 from models import BACKBONES
-from runtime import cli, packed
-from runtime.checkpoint import read_state_dict
-from runtime.device import pick_device
+from runtime import args as flags
+from runtime.checkpoint import read_weights
+from runtime.errors import UserError
 from runtime.files import file_checksum
 from runtime.process import run_script
 from runtime.run import Run
 
 
 def make_parser():
-    parser = cli.training_parser(
-        __doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES, queries=False
-    )
+    parser = flags.training_parser(__doc__, "BU_<dataset>", dataset.DATASETS, BACKBONES)
     flag = parser.add_argument_group("the ticket").add_argument
-    flag(
-        "--weight",
-        type=cli.path,
-        required=True,
-        metavar="W",
-        help="checkpoint or packed file to start from; its own mask is dropped",
+    message = "checkpoint or packed file to start from; its own mask is dropped"
+    flag("--weight", type=flags.path, required=True, metavar="W", help=message)
+    message = "mask file, or any pruned checkpoint or packed ticket"
+    flag("--mask", type=flags.path, required=True, metavar="M", help=message)
+    flags.add_state_flag(flag, "task to train")
+    message = (
+        "train in place of the ticket (none, default): random_mask, a random mask of its density; "
+        "shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "
+        "initialization; shuffle_weights, the remaining weights shuffled within each layer; dense, "
+        "no mask"
     )
-    flag(
-        "--mask",
-        type=cli.path,
-        required=True,
-        metavar="M",
-        help="mask file, or any pruned checkpoint or packed ticket",
-    )
-    cli.add_state_flag(flag, "task to train")
-    flag(
-        "--control",
-        choices=cli.CONTROLS,
-        default="none",
-        help="train in place of the ticket (none, default): random_mask, a random mask of its "
-        "density; shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "
-        "initialization; shuffle_weights, the remaining weights shuffled within each layer; "
-        "dense, no mask",
-    )
+    flag("--control", choices=flags.CONTROLS, default="none", help=message)
     return parser
 
 
-def parse(argv):
-    args = packed.parse_args(make_parser(), argv, "weight", dataset.DATASETS)
-    dataset.resolve_tasks(args)
-    cli.finalize_args(args, "BU_{}")
-    return args
-
-
-def take_control(model, masks, args, device):
+def apply_control(model, masks, args, device):
     """Put the model, dense with the weights W, under the masks, as --control says.
 
     Returns the masks that it is then under; an empty dict is dense. The list says what each
@@ -91,7 +74,7 @@ def take_control(model, masks, args, device):
     Missing the Mark?, ICLR 2021; Ma et al., Sanity Checks for Lottery Tickets, NeurIPS 2021.
     """
     kind = args.control
-    generator = utils.stream(args.seed, "control", kind, args.state)
+    generator = utils.make_generator(args.seed, "control", kind, args.state)
     if kind == "random_mask":
         masks = pruning_utils.random_mask(masks, generator)
     elif kind == "shuffle_mask":
@@ -108,27 +91,37 @@ def take_control(model, masks, args, device):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args = make_parser().parse_args(argv)
+    known, weights = read_weights(args.weight)
+    known_of_mask, state = read_weights(args.mask)
+    flags.adopt(args, known, f"--weight {args.weight}")
+    if known_of_mask:
+        flags.adopt(args, known_of_mask, f"--mask {args.mask}")
+    masks = pruning_utils.extract_mask(state)
+    if not masks:
+        raise UserError(f"--mask {args.mask}: holds no masks; choose a pruned checkpoint")
+    dataset.resolve_tasks(args)
+    flags.finalize_args(args, "BU_{}")
     t = args.state
-    step = f"retrain_task{t}" + f"_{args.control}" * (args.control != "none")
-    device = pick_device(args)
-    weights, masks = read_state_dict(args.weight), pruning_utils.load_masks(args.mask)
+    suffix = "" if args.control == "none" else f"_{args.control}"
+    stage, stream = f"retrain_task{t}{suffix}", utils.RETRAINING.format(t) + suffix
+    device = flags.pick_device(args)
     model = trainer.make_model(args, device)
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
     pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
-    masks = take_control(model, masks, args, device)
-    data = dataset.load(args, device, checkpoint=args.weight, pool=False)
+    masks = apply_control(model, masks, args, device)
+    data = dataset.load(args, device, pool=False, known=known)
     task = teaching.build_task(data, args, t)
     inputs = {"--weight": args.weight, "--mask": args.mask}
     inputs |= {path.name: path for path in teaching.soft_label_files(args, t)}
     checksums = {flag: file_checksum(path) for flag, path in inputs.items()}
-    run = Run("main_train", args, data, model, f"{step}_", checksums)
-    trained = trainer.train_task(model, task, run, step)
+    run = Run("main_train", args, data, model, f"{stage}_", checksums)
+    trained = trainer.train_task(model, task, run, stage, stream)
     pruning_utils.load_state(model, trained.best_state)
     run.add(
-        state=t,
-        **trainer.evaluate_tasks(model, task, run, step),
-        density=pruning_utils.density(masks),
+        t,
+        trainer.evaluate_tasks(model, task, run, stage),
+        pruning_utils.density(masks),
         **pruning_utils.network_record(masks, args, data),
         training=trained.summary(),
     )
@@ -136,4 +129,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, parallel=True)
+    run_script(main)

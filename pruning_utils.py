@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import utils
-from models.base import MASK, ORIG, dense_state
+from models.base import MASK, dense_state
 from models.cost import cost
-from runtime.checkpoint import read_state_dict, save_checkpoint
 from runtime.errors import UserError
 
 
@@ -57,13 +56,13 @@ def random_scores(weights, generator):
 CRITERIA = {"magnitude": magnitude, "random": random_scores}
 
 
-def prune_once(model, masks, args, step, kept=None):
-    """The masks after one more pruning by --criterion and --percent; step: names its random stream.
+def prune_once(model, masks, args, stream, kept=None):
+    """The masks after one more pruning by --criterion and --percent; stream: see utils.py.
 
     The scores are of the current weights, unlike the published code's, which are of a cached
     product of weight and mask. kept: as in prune().
     """
-    generator = utils.stream(args.seed, step, "scores")
+    generator = utils.make_generator(args.seed, stream, "scores")
     scores = CRITERIA[args.criterion](weights(model), generator)
     return prune(scores, masks, args.percent, kept)
 
@@ -114,9 +113,10 @@ def network_record(masks, args, data):
     return {"layer_density": layers, "cost": cost(args, data.image_size, layers)}
 
 
-def ticket_record(masks, args, data):
-    """The fields of a record that describe a ticket."""
-    return {"ticket_density": density(masks)} | network_record(masks, args, data)
+def describe(masks):
+    """The density of masks as text, and which layers they leave without a weight."""
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    return f"{density(masks):.2f} % remain" + f", none in {', '.join(empty)}" * bool(empty)
 
 
 def apply_mask(model, masks):
@@ -159,10 +159,9 @@ def load_state(model, state, masks=None, source="the state dict"):
     masks: what to put the model under instead of the state's own masks ({}: dense).
     Raises UserError, naming `source`, when the state does not fit the model.
     """
-    own = extract_mask(state)
     dense = dense_state(state)
+    masks = extract_mask(state) if masks is None else masks
     check_state(model, dense, source)
-    masks = own if masks is None else masks
     check_masks(model, masks, source)
     remove_mask(model)
     model.load_state_dict(dense)
@@ -171,14 +170,13 @@ def load_state(model, state, masks=None, source="the state dict"):
 
 def check_state(model, dense, source):
     """Raise UserError unless a dense state dict fits the model and is finite."""
-    if reason := model.misfit(dense):
+    if not dense:
+        raise UserError(f"{source}: is a mask file, without weights; choose a checkpoint")
+    if reason := model.explain_mismatch(dense):
         raise UserError(f"{source}: {reason}")
-    dtypes = {key: value.dtype for key, value in dense_state(model.state_dict()).items()}
-    for key, value in dense.items():  # after the shapes: one value can be expanded to any number
-        if value.dtype != dtypes[key] or not bool(value.isfinite().all()):
-            raise UserError(
-                f"{source}: {key} does not hold finite {dtypes[key]} numbers, give another file"
-            )
+    for key, value in dense.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{source}: {key} is not finite; choose another file")
 
 
 def check_masks(model, masks, source):
@@ -189,30 +187,21 @@ def check_masks(model, masks, source):
     for name in {**convs, **masks}:
         if name not in masks or name not in convs or masks[name].shape != convs[name].shape:
             raise UserError(
-                f"{source}: its masks do not fit this network at {name}, see --arch and --width"
+                f"{source}: its masks do not fit this network at {name}; see --arch and --width"
             )
-        if masks[name].dtype not in (torch.float32, convs[name].dtype):
-            raise UserError(f"{source}: the mask of {name} is {masks[name].dtype}, give float32")
         if not bool(((masks[name] == 0) | (masks[name] == 1)).all()):
-            raise UserError(
-                f"{source}: the mask of {name} holds other values than 0 and 1, give another"
-            )
+            raise UserError(f"{source}: the mask of {name} holds other values than 0 and 1")
 
 
-def rewind(model, state, scope="conv"):
-    """Set the convolution weights back to those of `state`; the model keeps its masks.
+@torch.no_grad()
+def rewind(model, state):
+    """Set the convolution weights back to those of `state`.
 
-    scope 'conv' leaves BatchNorm and heads as they are (published); 'all' rewinds them too.
+    The model keeps its masks, BatchNorm and heads.
     """
     source = dense_state(state)
-    with torch.no_grad():
-        for name, weight in weights(model).items():
-            weight.copy_(source[name + ".weight"])
-        if scope == "all":
-            kept = {name + ending for name in weights(model) for ending in (".weight", ORIG, MASK)}
-            for key, value in model.state_dict().items():
-                if key not in kept:
-                    value.copy_(source[key])
+    for name, weight in weights(model).items():
+        weight.copy_(source[name + ".weight"])
 
 
 def random_mask(masks, generator):
@@ -245,14 +234,6 @@ def shuffle_weights(model, masks, generator):
         weight[left] = values[torch.randperm(len(values), generator=generator).to(weight.device)]
 
 
-def save_masks(path, masks):
-    """Write masks as the published files hold them: '<conv>.weight_mask' -> float32 0/1."""
-    return save_checkpoint(path, {name + MASK: mask.float() for name, mask in masks.items()})
-
-
-def load_masks(path):
-    """Masks from a mask file or any pruned checkpoint. Raises UserError if it holds none."""
-    masks = extract_mask(read_state_dict(path))
-    if not masks:
-        raise UserError(f"{path}: holds no masks, give a mask file or a pruned checkpoint")
-    return masks
+def mask_state(masks):
+    """Masks as files hold them: {'<conv>.weight_mask': float32 0/1}."""
+    return {name + MASK: mask.float() for name, mask in masks.items()}

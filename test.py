@@ -1,128 +1,104 @@
 """Test a model on all tasks so far.
 
-    python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned --state 5
-    python test.py --pretrained BU_cifar10/task3_best_model.pt --state 3
+    python test.py --pretrained TD_cifar10/task6_best_model.pt --pruned
+    python test.py --pretrained BU_cifar10/task3_best_model.pt --state 2
     python test.py --pretrained ticket.npz --pruned
 
-The last is a packed file (tools/pack.py), which tells the network, data set, class order and state.
-A shrunk one is dense: leave out --pruned.
+Checkpoints of ours and packed files (tools/tickets.py) say which network, dataset, class order and
+tasks they are of; those of the published scripts need flags where the defaults do not fit.
 Prints the test accuracy of tasks 1..t by the balanced heads 1..t, their mean, the density, and what
-the model costs (models/cost.py).
-With --save_dir the records are written there too, as test_<P>_state<t>_results.json.
+the model costs (models/cost.py). With --save_dir the records are written there too, as
+test_<P>_state<t>_results.json.
 """
 
-import json
-import os
+from runtime.threads import setup_threads
+
+setup_threads()  # before PyTorch is loaded
+
 import time
 from pathlib import Path
+from statistics import mean
 
 import dataset
 import pruning_utils
 from models import BACKBONES, build_model
-from models.cost import shrunk_cost
-from models.shrink import ShrunkNet
-from runtime import cli, packed
-from runtime.checkpoint import read_state_dict
-from runtime.device import pick_device
+from runtime import args as flags
+from runtime import records
+from runtime.checkpoint import read_weights
 from runtime.errors import UserError
+from runtime.files import save_text
 from runtime.process import run_script
-from runtime.run import Record
 from trainer import evaluate
 
 
 def make_parser():
-    parser = cli.Parser(__doc__)
-    cli.add_data_flags(parser, dataset.DATASETS)
-    cli.add_network_flags(parser, BACKBONES)
+    parser = flags.Parser(__doc__)
     flag = parser.add_argument_group("the model").add_argument
-    flag(
-        "--pretrained",
-        type=cli.path,
-        required=True,
-        metavar="P",
-        help="checkpoint or packed file to test",
-    )
+    message = "checkpoint or packed file to test"
+    flag("--pretrained", type=flags.path, required=True, metavar="P", help=message)
     flag("--pruned", action="store_true", help="it holds masks")
-    default = "the last; of a packed file, the last that it has learned"
-    cli.add_state_flag(flag, "test on the classes of tasks 1..t", default)
-    cli.add_batch_size_flag(flag)
-    flag("--save_dir", type=cli.path, metavar="DIR", help="where records go (default: nowhere)")
+    default = "the last that it has learned, or else the last of all"
+    flags.add_state_flag(flag, "test on the classes of tasks 1..t", default)
+    flag("--batch_size", **flags.BATCH_SIZE)
+    message = "where records go (default: nowhere)"
+    flag("--save_dir", type=flags.path, metavar="DIR", help=message)
+    flags.add_data_flags(parser, dataset.DATASETS)
+    flags.add_network_flags(parser, BACKBONES)
     return parser
 
 
-def parse(argv):
-    args = packed.parse_args(make_parser(), argv, "pretrained", dataset.DATASETS, ("state",))
-    dataset.resolve_tasks(args)
-    cli.finalize_args(args)
-    return args
-
-
-def cost_line(weights, macs, macs_percent, checkpoint_bytes, packed_bytes):
-    """A line on the cost of a model, as models/cost.py computes it."""
-    return (
-        f"cost (computed): {weights:,} convolution weights, {macs:,} multiply-accumulates per "
-        f"image ({macs_percent:.2f} % of the dense network's), {checkpoint_bytes:,} bytes as in a "
-        f"checkpoint, {packed_bytes:,} packed, before compression"
-    )
-
-
-def load_model(args, device):
-    """The model of --pretrained, its masks, and its density in percent. Raises UserError."""
-    header, model = packed.read_shrunk(args.pretrained, args.precision == "bf16")
-    state = {} if model else read_state_dict(args.pretrained)
-    masks = pruning_utils.extract_mask(state)
-    if bool(masks) != args.pruned:
-        kind, advice = ("pruned", "add") if masks else ("dense", "leave out")
-        raise UserError(f"--pretrained {args.pretrained}: found a {kind} model, {advice} --pruned")
-    if model:
-        return model.to(device), masks, header["density"]
-    model = build_model(args).to(device)
-    pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
-    return model, masks, pruning_utils.density(pruning_utils.masks_of(model))
-
-
-def check_record(args, prefix):
-    """Raise UserError if --save_dir holds this record of another checkpoint."""
-    path = Path(args.save_dir or "") / f"{prefix}results.json"
-    try:
-        tested = args.save_dir and json.loads(path.read_text())["config"]["pretrained"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    if tested and os.path.realpath(tested) != os.path.realpath(args.pretrained):
+def check_state(args, known):
+    """The task of --state is by default the last that the model has learned; no later one."""
+    learned = known and known["state"]
+    if learned and args.state and args.state > learned:
         raise UserError(
-            f"--save_dir {args.save_dir}: holds {path.name} of {tested}; name another folder"
+            f"--state {args.state}: {args.pretrained} has learned tasks 1 to {learned}; choose one"
         )
+    args.state = args.state or learned
 
 
 def main(argv=None):
-    args, start = parse(argv), time.monotonic()
-    device = pick_device(args)
-    model, masks, density = load_model(args, device)
-    data = dataset.load(args, device, checkpoint=args.pretrained, pool=False, parts=("test",))
-    described = pruning_utils.network_record(masks, args, data)
-    if isinstance(model, ShrunkNet):
-        if model.size != data.image_size:
-            raise UserError(
-                f"--pretrained {args.pretrained}: takes images of {list(model.size)}, found "
-                f"{list(data.image_size)} in {data.source}; give the set that it was shrunk for"
-            )
-        described["cost"] = shrunk_cost(args, model)
-    prefix = f"test_{Path(args.pretrained).stem}_state{args.state}_"
-    check_record(args, prefix)
-    record = Record("test", args, data, model, prefix)
-    record.write()  # a folder that cannot be written is reported now
-    print(record.header, end="", flush=True)
+    args, start = make_parser().parse_args(argv), time.monotonic()
+    known, state = read_weights(args.pretrained)
+    flags.adopt(args, known, args.pretrained)
+    check_state(args, known)
+    dataset.resolve_tasks(args)
+    flags.finalize_args(args)
+    masks = pruning_utils.extract_mask(state)
+    if bool(masks) != args.pruned:
+        kind, advice = ("pruned", "add") if masks else ("dense", "remove")
+        raise UserError(f"--pretrained {args.pretrained}: is a {kind} model; {advice} --pruned")
+    device = flags.pick_device(args)
+    model = build_model(args).to(device)
+    pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
+    data = dataset.load(args, device, pool=False, splits=("test",), known=known)
+    results = records.new_results("test", args, data, model)
+    print(records.run_summary(results, data, model), end="", flush=True)
     evaluated = evaluate(model, data.test, args.state, data, args.batch_size)
-    record.add(
-        state=args.state,
-        **evaluated,
-        density=density,
-        **described,
-        seconds=time.monotonic() - start,
+    confusion = evaluated.pop("confusion")
+    row = {"state": args.state, "mean": mean(evaluated["accuracy"])} | evaluated
+    row |= {"density": pruning_utils.density(masks)}
+    row |= pruning_utils.network_record(masks, args, data)
+    row |= {"seconds": time.monotonic() - start}
+    results["states"] = [row]
+    if args.save_dir:
+        folder, prefix = (
+            Path(args.save_dir),
+            f"test_{Path(args.pretrained).stem}_state{args.state}_",
+        )
+        records.write_results(folder, prefix, results)
+        table = records.confusion_table(confusion, results["class_names"])
+        save_text(folder / f"{prefix}confusion.csv", table)
+    records.print_state(row)
+    print(
+        f"cost (computed): {row['cost']['weights']:,} convolution weights, "
+        f"{row['cost']['macs']:,} multiply-accumulates per image "
+        f"({row['cost']['macs_percent']:.2f} % of the dense network's), "
+        f"{row['cost']['state_dict_bytes']:,} bytes of state dict, "
+        f"{row['cost']['packed_bytes']:,} packed, before compression"
     )
-    print(cost_line(**record.results["states"][-1]["cost"]))
-    return record.close()
+    return results
 
 
 if __name__ == "__main__":
-    run_script(main, parallel=True)
+    run_script(main)

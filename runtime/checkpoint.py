@@ -1,38 +1,60 @@
-"""Checkpoints: ours and the published ones, read without running any code that they may hold."""
+"""Checkpoints: ours and the published ones, read without running any code that they may hold.
+
+A checkpoint of ours holds `args`, what one must know to use it: the network, the dataset, the class
+order, the last task that it has learned. So do mask files and raw state dicts, beside the tensors.
+"""
 
 import pickle
 import warnings
-from collections import OrderedDict
-from pathlib import Path
+import zipfile
 
 import torch
 
 from runtime import packed
 from runtime.errors import UserError, first_line
-from runtime.files import atomic_write, check_archive, is_archive
+from runtime.files import atomic_write
+
+# What `args` in a checkpoint holds.
+ARGS = {
+    "arch": str,
+    "width": int,
+    "classifiers": int,
+    "classes_per_classifier": int,
+    "dataset": str,
+    "class_order": list,  # ids
+    "class_names": list,  # in this order
+    "image_size": list,  # height, width
+    "mean": list,  # of the channels, in [0,1]
+    "std": list,
+    "state": (int, type(None)),  # the last task that it has learned; None: not trained
+}
+PREFIXES = "module.", "_orig_mod."  # of DataParallel and torch.compile
+
+
+def describe(args, data, state=None):
+    """The `args` of a checkpoint of this run, after task `state`."""
+    return {
+        "arch": args.arch,
+        "width": args.width,
+        "classifiers": data.classifiers,
+        "classes_per_classifier": data.classes_per_classifier,
+        "dataset": args.dataset,
+        "class_order": data.order,
+        "class_names": [str(data.names.get(c, c)) for c in data.order],
+        "image_size": list(data.image_size),
+        "mean": data.mean.flatten().tolist(),
+        "std": data.std.flatten().tolist(),
+        "state": state,
+    }
 
 
 def save_checkpoint(path, content):
-    """torch.save, atomically. Tensors are written as CPU ones, which load anywhere.
-
-    Returns the file's SHA-256.
-    """
-    return atomic_write(path, lambda file: torch.save(to_cpu(content), file))
-
-
-def to_cpu(content):
-    """Nested dicts and lists with their tensors on the CPU."""
-    if isinstance(content, torch.Tensor):
-        return content.cpu()
-    if isinstance(content, dict):
-        return {key: to_cpu(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [to_cpu(value) for value in content]
-    return content
+    """torch.save, atomically. Returns the file's SHA-256."""
+    return atomic_write(path, lambda file: torch.save(content, file))
 
 
 class Stub(dict):
-    """Stands in for any object of a pickle: accepts arguments, items and a state; does nothing."""
+    """Stands in for an object of a pickle: accepts arguments, items and a state; does nothing."""
 
     __hash__ = object.__hash__
 
@@ -43,12 +65,16 @@ class Stub(dict):
         pass
 
 
-# What published checkpoints hold beside tensors and plain values: the optimizer as an object.
+# What published checkpoints hold beside tensors and plain values: the optimizer as an object, and
+# in those of others an accuracy as a NumPy scalar.
 PUBLISHED_NAMES = [
     (Stub, "torch.optim.sgd.SGD"),
     (Stub, "torch.optim.optimizer._RequiredParameter"),
     (lambda *_: {}, "collections.defaultdict"),  # torch.load puts items into plain dicts only
     (dict, "builtins.dict"),
+    (Stub, "numpy.dtype"),
+    (Stub, "numpy.core.multiarray.scalar"),
+    (Stub, "numpy._core.multiarray.scalar"),
 ]
 
 
@@ -59,88 +85,52 @@ def load_checkpoint(path):
     Raises UserError if there is no such file or it is not a checkpoint.
     """
     try:
-        check_archive(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(PUBLISHED_NAMES):
             warnings.simplefilter("ignore")  # an error is one line
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not is_archive(path):
-            check_legacy_storages(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, give a checkpoint") from None
-    except Exception as error:  # a hostile or damaged file can raise anything
-        if Path(path).suffix == ".npz":
-            raise UserError(f"{path}: not a packed file of tools.pack, give another file") from None
-        if isinstance(error, UserError):
-            raise
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    except Exception as error:  # a damaged file can raise anything
         if isinstance(error, pickle.UnpicklingError) and error.__context__:
             error = error.__context__  # without the advice to load the file unsafely
         reason = first_line(error).partition(". ")[0]
-        raise UserError(
-            f"{path}: not a readable checkpoint ({reason}), give another file"
-        ) from None
+        raise UserError(f"{path}: is not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}, give a checkpoint or state dict")
-    return dict(dict.items(content))  # the methods of an OrderedDict can be the file's
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a checkpoint")
+    return content
 
 
-def check_legacy_storages(path):
-    """Raise UserError for a file of before PyTorch 1.6 that lacks the values of some tensors.
+def read_weights(path):
+    """What a file knows of its run, and its tensors: (args, state dict).
 
-    torch.load leaves in them what was in memory. It must have accepted the file's pickles before.
+    path: a checkpoint of ours or a published one, a raw state dict, a mask file, or a packed file.
+    args: see ARGS; None in a file that is not ours. Raises UserError.
     """
-    with open(path, "rb") as file:
-        for _ in range(3):  # magic number, protocol, system
-            StorageKeys(file).load()
-        content = StorageKeys(file)
-        content.load()
-        stored = StorageKeys(file).load()
-    if not content.keys <= set(stored):
-        raise UserError(f"{path}: lacks the values of some tensors, give an intact copy")
-
-
-class StorageKeys(pickle._Unpickler):
-    """Collects the keys of the storages that a pickle names; any object in it becomes a Stub.
-
-    In Python, as arrays.ArraysUnpickler is.
-    """
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.keys = set()
-
-    def find_class(self, module, name):
-        return Stub
-
-    def persistent_load(self, saved_id):
-        self.keys.add(saved_id[2])
-        return Stub()
-
-
-def read_state_dict(path):
-    """The state dict of a checkpoint ({'state_dict': ...}, or raw) or of a packed file."""
     if packed.is_packed(path):
-        header, state = packed.read(path)
-        if packed.is_shrunk(header):
-            raise UserError(
-                f"{path}: is a shrunk network, which can only be evaluated; give the file that "
-                f"it was made from"
-            )
-        return state
-    return state_dict_of(load_checkpoint(path), path)
+        args, state = packed.read(path)
+        return check_args(args, path), state
+    content = load_checkpoint(path)
+    args = content.pop("args", None)
+    nested = (content.get(key) for key in ("state_dict", "model", "net"))
+    state = next((each for each in nested if isinstance(each, dict)), content)
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict; choose a checkpoint")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    # of parameters and subclasses the plain tensors
+    state = {key: value.detach().clone() for key, value in state.items()}
+    return (None if args is None else check_args(args, path)), state
 
 
-def state_dict_of(content, path):
-    """The state dict in the content of a checkpoint. Raises UserError, naming its path."""
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path}: holds no state dict, give a checkpoint")
-    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in dict.items(state)):
-        raise UserError(
-            f"{path}: holds no state dict (something in it is not a named tensor), "
-            f"give a checkpoint"
-        )
-    for key, value in dict.items(state):
-        unusual = value.is_meta or value.is_quantized or value.is_nested
-        if unusual or value.layout is not torch.strided:
-            raise UserError(f"{path}: {key} is not a plain tensor, give another file")
-    return OrderedDict(dict.items(state))
+def check_args(args, path):
+    """args as they are. Raises UserError unless they are as ARGS says."""
+    known = args if isinstance(args, dict) else {}
+    for key, kind in ARGS.items():
+        if not isinstance(known.get(key, ...), kind):
+            raise UserError(f"{path}: its args have no valid {key!r}; choose an intact file")
+    return known

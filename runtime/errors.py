@@ -1,10 +1,8 @@
-"""Errors that the user can mend, and how they are worded."""
+"""Errors that the user can fix, and how they are worded."""
 
 
 class UserError(Exception):
-    """The run cannot continue: one line that names the flag or file, what is wrong, what to do."""
-
-    status = 2  # of the process
+    """The run cannot continue: one line that says what was given, what is wrong, what to do."""
 
 
 def first_line(error):
@@ -13,7 +11,7 @@ def first_line(error):
     return message.splitlines()[0]
 
 
-def one_line(text, limit=800):
+def one_line(text):
     """Text, which may quote what was typed or what a file holds, as one line for a terminal."""
     line = "".join(c if c.isprintable() else " " for c in str(text))
-    return line if len(line) <= limit else f"{line[: limit // 2]}...{line[-limit // 2 :]}"
+    return line if len(line) <= 800 else f"{line[:400]}...{line[-400:]}"

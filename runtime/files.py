@@ -1,48 +1,50 @@
-"""Files that are never half-written, and checks of what comes in."""
+"""Files: written atomically, and read without running any code that they may hold."""
 
-import contextlib
 import hashlib
 import os
+import pickle
+import secrets
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import UserError, first_line
-from runtime.process import hold_signals
 
-
-def temp_path(path):
-    """Where atomic_write() writes a file before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.part")
+# ------------------------------------------------------------------------------ writing
 
 
 def atomic_write(path, write):
     """Write the file `path` with write(file): a temporary file beside it, then renamed.
 
-    The content is flushed to the disk before the rename. What a killed process left is overwritten.
-    Returns the SHA-256 of the content in hex. Raises UserError when it cannot be written.
+    The content is flushed to the disk before the rename. Returns its SHA-256 in hex. Raises
+    UserError if the file cannot be written, or if `path` is a folder, device or pipe.
     """
     path = Path(path)
-    temporary = temp_path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file; choose another name")
+    # a name of its own for each writer, so that two of one file do not mix
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with hold_signals():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "w+b") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    file.seek(0)
-                    checksum = sha256(file)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "x+b") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                checksum = hashlib.sha256(file.read()).hexdigest()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         cause = os_error(error)
         if cause is None:
             raise
         raise UserError(
-            f"{path}: cannot be written ({first_line(cause)}); make room or name another folder"
+            f"{path}: cannot be written ({first_line(cause)}); free some space or choose another "
+            f"folder"
         ) from None
     return checksum
 
@@ -57,71 +59,134 @@ def os_error(error):
     return error
 
 
-def sync_folder(folder):
-    """Flush the entries of a folder, such as the new name of a renamed file, to the disk."""
-    with contextlib.suppress(OSError):  # not possible on Windows
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def save_text(path, text):
+    """Write a text file atomically, in UTF-8. Returns its SHA-256."""
+    return atomic_write(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
-def sha256(file):
-    """SHA-256 in hex of what is left of an open file."""
-    digest = hashlib.sha256()
-    while block := file.read(2**22):
-        digest.update(block)
-    return digest.hexdigest()
+def save_array(path, array):
+    """Write a plain array as .npy, atomically. Returns the file's SHA-256."""
+    return atomic_write(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+# ------------------------------------------------------------------------------ reading
 
 
 def file_checksum(path):
     """SHA-256 of a file in hex; None if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return sha256(file)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
         return None
 
 
-def save_text(path, text):
-    """Write a text file atomically. Returns its SHA-256."""
-    return atomic_write(path, lambda file: file.write(text.encode()))
+def check_zip(path, limit):
+    """Raise UserError for a zip archive (.npz, .zip) that unpacks to more than `limit` bytes.
 
-
-def is_archive(path):
-    """Whether a file is a zip archive by its first bytes, which is how PyTorch and NumPy decide."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\3\4"
-
-
-def check_archive(path):
-    """Raise UserError for a zip archive with damaged, duplicate or compressed records.
-
-    torch.save and np.savez compress nothing, and compressed records may unpack to any size.
-    Neither PyTorch nor NumPy verifies all checksums. Other files pass; raises OSError if the file
-    cannot be read, zipfile.BadZipFile for an archive that is cut off.
+    Its own list says so before anything is unpacked. Records must be stored or deflated, which
+    unpack to at most a thousand times their size. Raises zipfile.BadZipFile for a damaged one.
     """
-    if not is_archive(path):
-        return
     with zipfile.ZipFile(path) as archive:
-        check_records(path, archive, zipfile.ZIP_STORED)
-        if damaged := archive.testzip():
-            raise UserError(f"{path}: is damaged at {damaged}, give an intact copy")
-
-
-def check_records(path, archive, method):
-    """Raise UserError unless an archive is the file's only one, with records of different names.
-
-    All must be compressed by this method of zipfile's.
-    """
-    records = archive.infolist()
+        records = archive.infolist()
     for record in records:
-        if record.compress_type != method:
-            wanted = "deflated" if method == zipfile.ZIP_DEFLATED else "uncompressed"
-            raise UserError(f"{path}: {record.filename} is not {wanted}, give it {wanted}")
-    if len(set(archive.namelist())) < len(records):
-        raise UserError(f"{path}: holds two records of one name, give an intact copy")
-    if records and min(record.header_offset for record in records) > 0:
-        # zipfile would read the last of several archives in the file, PyTorch the first
-        raise UserError(f"{path}: holds more than one archive, give an intact copy")
+        if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{path}: {record.filename} is not deflated; compress it again")
+    if (size := sum(record.file_size for record in records)) > limit:
+        raise UserError(f"{path}: unpacks to {size:,} bytes, expected at most {limit:,}")
+
+
+def load_array(path, label=None):
+    """A plain array from a .npy file. Nothing is unpickled; raises UserError for anything else.
+
+    label: what an error calls the file, by default its path.
+    """
+    label = label or path
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+        return array
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError):
+            raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
+        reason = first_line(error)
+        raise UserError(f"{label}: is not a plain .npy array ({reason}); choose another") from None
+
+
+class PickledDtype:
+    """Stands in for a numpy.dtype while a pickle is read: numbers and text alone."""
+
+    def __init__(self, kind, *_):
+        self.dtype = np.dtype(kind)
+        if self.dtype.kind not in "biufcSU":
+            raise pickle.UnpicklingError(f"it holds values of type {self.dtype}")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray:
+    """Stands in for a numpy.ndarray while a pickle is read; see without_stand_ins()."""
+
+    def __init__(self, *_):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # of Python 2
+        self.array = from_bytes(raw, dtype, shape, "F" if fortran else "C")
+
+
+def from_bytes(raw, dtype, shape=(), order="C"):
+    """An array of these bytes; dtype: a PickledDtype."""
+    return np.frombuffer(bytearray(raw), dtype.dtype).reshape(shape, order=order)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers, text and plain containers; any other name in a pickle is refused.
+
+    NumPy's own constructors are not called: some make arrays over memory that they do not own.
+    """
+
+    NAMES = {
+        "collections.OrderedDict": OrderedDict,
+        "numpy.ndarray": "numpy.ndarray",  # only an argument of _reconstruct
+        "numpy.dtype": PickledDtype,
+        "multiarray._reconstruct": PickledArray,
+        "multiarray.scalar": lambda dtype, raw=b"\0" * 16: from_bytes(raw, dtype)[()],
+        "numeric._frombuffer": from_bytes,
+        # bytes in the pickles of Python 3, protocol 2
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+    }
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".removeprefix("numpy.core.").removeprefix("numpy._core.")
+        if full not in self.NAMES:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return self.NAMES[full]
+
+
+def without_stand_ins(content):
+    """Nested containers with arrays in place of PickledArray."""
+    if isinstance(content, PickledArray):
+        return content.array
+    if isinstance(content, dict):
+        return {key: without_stand_ins(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_stand_ins(value) for value in content]
+    return content
+
+
+def load_pickle(path):
+    """A pickle of plain arrays in dicts and lists: published data files, CIFAR's batches.
+
+    Raises UserError if it holds anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            return without_stand_ins(ArrayUnpickler(file, encoding="latin1").load())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = first_line(error)
+        raise UserError(f"{path}: is not a pickle of plain arrays ({reason})") from None
