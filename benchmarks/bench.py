@@ -32,7 +32,6 @@ import dataset
 import pruning_utils
 import teaching
 import trainer
-from datasets import DATASETS
 from runtime.args import Parser, int_range, path, pick_device
 from runtime.files import save_text
 from runtime.process import run_script
@@ -57,6 +56,7 @@ def make_args(way, width):
         merge_batchnorm=False,
         print_freq=50,
         seed=0,
+        no_teaching=True,  # what is distilled is random, see make_task()
     )
 
 
@@ -68,7 +68,6 @@ def make_data(device, per_class):
         pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
         return pixels.to(device)
 
-    cifar10 = DATASETS["cifar10"]
     train = {c: images(per_class) for c in range(TASKS * CLASSES)}
     return dataset.Data(
         source="random",
@@ -80,9 +79,9 @@ def make_data(device, per_class):
         test={},
         exemplars={c: each[:100] for c, each in train.items()},
         pool=images(1),
-        mean=torch.tensor(cifar10.mean, device=device).view(3, 1, 1),
-        std=torch.tensor(cifar10.std, device=device).view(3, 1, 1),
-        pad=cifar10.pad,
+        mean=torch.full((3, 1, 1), 0.5, device=device),
+        std=torch.full((3, 1, 1), 0.25, device=device),
+        pad=4,
     )
 
 
@@ -102,11 +101,12 @@ def prune_once(model):
     pruning_utils.apply_mask(model, masks)
 
 
-def make_task(data, queried):
+def make_task(args, data, queried):
     """Task T, with so many queried images as we store them (uint8), and random logits."""
     images = torch.randint(256, (queried, 3, 32, 32), dtype=torch.uint8, device=data.pool.device)
     logits = torch.randn(2, queried, (T - 1) * CLASSES, device=data.pool.device)
-    return trainer.make_task(data, T, (images.permute(0, 2, 3, 1), *logits))
+    task = teaching.build_task(data, args, T)
+    return task._replace(unlabeled=(images.permute(0, 2, 3, 1), *logits))
 
 
 def descend(optimizer, loss):
@@ -136,7 +136,7 @@ def kd_step(way, width, device):
     args, data = make_args(way, width), make_data(device, per_class=200)
     model, optimizer = make_network(way, args, device, prunings=2)
     sub = args.batch_size // 4
-    task = make_task(data, sub)
+    task = make_task(args, data, sub)
 
     def batch_of(images_and_more, size):
         images, *more = images_and_more
@@ -160,7 +160,7 @@ def epoch(way, width, device):
     args = make_args(way, width)
     data = make_data(device, per_class=300 if device.type == "cpu" else TRAIN)
     model, optimizer = make_network(way, args, device, prunings=2)
-    task = make_task(data, 50 * 100 * CLASSES * (T - 1))
+    task = make_task(args, data, 50 * 100 * CLASSES * (T - 1))
     if way != "published":
         plan = trainer.Plan("task3", "task3", 1, args.lr)
         return lambda: trainer.train_epoch(model, optimizer, task, args, plan, 1)

@@ -20,8 +20,9 @@ import published
 def test_training_steps(args):
     torch.manual_seed(0)
     ours = trainer.make_model(args, torch.device("cpu")).double().train()
-    bench.prune_once(ours)
     plain = published.plain(copy.deepcopy(ours))
+    for model in (ours, plain):
+        bench.prune_once(model)
     optimizers = [trainer.make_optimizer(model, args, 0.01) for model in (ours, plain)]
     x, y = torch.randn(5, 3, 16, 16).double(), torch.randint(2, (5,))
     parts = [(torch.randn(n, 3, 16, 16).double(), torch.randint(4, (n,))) for n in (6, 2, 4)]
