@@ -27,6 +27,7 @@ RESUME_IGNORED = {
     "class_names", "weight", "mask", "tensorboard",
 }  # fmt: skip
 SAVE_SECONDS = 60  # at most so often progress is saved
+RECORDS = "metrics.csv", "confusion.csv", "log_results.txt", "results.json", "run.json"
 LOG_SECONDS = 30  # without a progress bar, an epoch is printed at most so often
 
 
@@ -64,6 +65,8 @@ class Run:
         if args.overwrite:
             self.remove_files()
         self.journal = self.open_journal(script, inputs or {})
+        for name in (*self.journal["wrote"], *(prefix + name for name in RECORDS)):
+            self.remove_parts(name)
         self.epochs = []  # the rows of metrics.csv
         if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
@@ -172,12 +175,13 @@ class Run:
         wrote = journal.get("wrote", [])
         if journal:
             self.check_script(journal)
-            if journal["config"].get("save_data_path") != self.data_folder():  # it holds other files
+            if (
+                journal["config"].get("save_data_path") != self.data_folder()
+            ):  # it holds other files
                 wrote = [name for name in wrote if "/" not in name]
         self.check_soft_labels(wrote)
-        names = "metrics.csv", "confusion.csv", "log_results.txt", "results.json", "run.json"
         # the journal last, since it lists the files
-        for name in (*wrote, *(self.prefix + name for name in names)):
+        for name in (*wrote, *(self.prefix + name for name in RECORDS)):
             self.remove(name)
 
     def remove(self, name):
@@ -201,7 +205,6 @@ class Run:
         if name not in self.journal["wrote"]:
             self.journal["wrote"].append(name)
             self.write_journal()
-        self.remove_parts(name)
         self.checksums[name] = write(self.path(name), *content)
 
     def save_checkpoint(self, name, content, state):
