@@ -44,7 +44,7 @@ def make_parser():
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
-    flags.finalize_args(args, BACKBONES, "BU_{}")
+    flags.finalize_args(args, "BU_{}")
     return args
 
 

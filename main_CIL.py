@@ -40,7 +40,7 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
     args.no_teaching |= args.joint or args.finetune
-    flags.finalize_args(args, BACKBONES, "{}_cil")
+    flags.finalize_args(args, "{}_cil")
     return args
 
 

@@ -42,7 +42,7 @@ def make_parser():
 def parse(argv):
     args = make_parser().parse_args(argv)
     dataset.resolve_tasks(args)
-    flags.finalize_args(args, BACKBONES, "TD_{}")
+    flags.finalize_args(args, "TD_{}")
     tasks = args.classifiers
     if args.prune_scheduler is None and tasks == 5:
         args.prune_scheduler = [1, 1, 2, 3, 5]  # published

@@ -101,7 +101,7 @@ def main(argv=None):
     if not masks:
         raise UserError(f"--mask {args.mask}: holds no masks; choose a pruned checkpoint")
     dataset.resolve_tasks(args)
-    flags.finalize_args(args, BACKBONES, "BU_{}")
+    flags.finalize_args(args, "BU_{}")
     t = args.state
     suffix = "" if args.control == "none" else f"_{args.control}"
     stage, stream = f"retrain_task{t}{suffix}", utils.RETRAINING.format(t) + suffix

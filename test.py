@@ -63,7 +63,7 @@ def main(argv=None):
     flags.adopt(args, known, args.pretrained)
     check_state(args, known)
     dataset.resolve_tasks(args)
-    flags.finalize_args(args, BACKBONES)
+    flags.finalize_args(args)
     masks = pruning_utils.extract_mask(state)
     if bool(masks) != args.pruned:
         kind, advice = ("pruned", "add") if masks else ("dense", "remove")

@@ -25,12 +25,16 @@ def plain(model):
 class Images(Dataset):
     """Labeled images through PIL: uint8 [n,H,W,3] and int64 [n], tensors on the CPU."""
 
-    def __init__(self, images, labels, data, augmented):
+    def __init__(self, images, labels, data):
         self.images, self.labels = images.numpy(), labels.tolist()
-        views = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=data.pad)]
         mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
         self.transform = transforms.Compose(
-            [*(views if augmented else []), transforms.ToTensor(), transforms.Normalize(mean, std)]
+            [
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomCrop(32, padding=data.pad),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
         )
 
     def __len__(self):
@@ -53,9 +57,9 @@ class Queried(Dataset):
         return tuple(tensor[index] for tensor in self.tensors)
 
 
-def loader(images, batch_size, shuffle=True):
+def loader(images, batch_size):
     pin = torch.cuda.is_available()  # has no effect elsewhere
-    return DataLoader(images, batch_size, shuffle=shuffle, num_workers=2, pin_memory=pin)
+    return DataLoader(images, batch_size, shuffle=True, num_workers=2, pin_memory=pin)
 
 
 def endless(batches):
@@ -96,38 +100,19 @@ def kd_step(model, optimizer, k, sub, random, new, old, unlabeled):
     return step(optimizer, loss + 0.5 * balanced)
 
 
-def to(device, batch):
-    return [tensor.to(device) for tensor in batch]
-
-
-def task1_epoch(model, optimizer, images, batch_size, device):
-    """Yield after each step of an epoch of task 1. images: an Images."""
-    model.train()
-    for batch in loader(images, batch_size):
-        yield task1_step(model, optimizer, *to(device, batch))
-
-
 def kd_epoch(model, optimizer, k, sub, random, new, old, unlabeled, device):
-    """Yield after each step of an epoch of task k > 1.
+    """Train an epoch of task k > 1. random, new, old: Images; unlabeled: a Queried.
 
-    random, new, old: Images; unlabeled: a Queried.
+    Returns the loss of each step.
     """
     model.train()
     sizes = int(sub / k), int(sub * (k - 1) / k), sub
     others = [endless(loader(x, size)) for x, size in zip((new, old, unlabeled), sizes)]
+    losses = []
     for batches in zip(loader(random, sub), *others):
-        yield kd_step(model, optimizer, k, sub, *(to(device, batch) for batch in batches))
-
-
-def validate(model, images, k, batch_size, device):
-    """Accuracy in percent by the balanced heads 1..k. images: an Images, not augmented."""
-    model.eval()
-    correct = 0
-    with torch.no_grad():
-        for batch in loader(images, batch_size, shuffle=False):
-            x, y = to(device, batch)
-            correct += (model(x, k, main_fc=True).argmax(1) == y).sum().item()
-    return 100 * correct / len(images)
+        batches = [[tensor.to(device) for tensor in batch] for batch in batches]
+        losses.append(kd_step(model, optimizer, k, sub, *batches))
+    return losses
 
 
 # ------------------------------------------------------------------------------ the rest

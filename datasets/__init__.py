@@ -1,4 +1,4 @@
-"""Where images come from: a file for each source, and one entry here for each data set."""
+"""Where images come from: a file for each source, and one entry here for each dataset."""
 
 from datasets import cifar, digits, folder, tiny_imagenet
 from datasets.spec import DatasetSpec
@@ -11,7 +11,6 @@ DATASETS = {
         order=(9, 8, 7, 1, 5, 0, 3, 4, 6, 2),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
-        pad=4,
         pool="CIFAR-100 training images",
     ),
     "cifar100": DatasetSpec(
@@ -20,7 +19,6 @@ DATASETS = {
         classes_per_classifier=10,
         mean=(0.5071, 0.4866, 0.4409),
         std=(0.2009, 0.1984, 0.2023),
-        pad=4,
         pool="CIFAR-10 training images",
     ),
     "tiny_imagenet": DatasetSpec(
@@ -30,9 +28,7 @@ DATASETS = {
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
         side=64,
-        pad=8,
         pool="Tiny-ImageNet test images",
-        raw_file=True,
     ),
     "digits": DatasetSpec(
         digits.read,
@@ -40,9 +36,8 @@ DATASETS = {
         classes_per_classifier=2,
         mean=(0.3066, 0.3066, 0.3066),  # of its own training images
         std=(0.3767, 0.3767, 0.3767),
-        pad=4,
         exemplars=20,  # a class has about 90 training images
         embedded=digits.FILE,
     ),
-    "folder": DatasetSpec(folder.read, pool=folder.POOL, list_classes=folder.list_classes),
+    "folder": DatasetSpec(folder.read, pool="the folder unlabeled"),
 }

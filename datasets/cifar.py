@@ -1,11 +1,18 @@
-"""CIFAR-10 and CIFAR-100, by torchvision; the pool of each is the training images of the other."""
+"""CIFAR-10 and CIFAR-100; the pool of each is the training images of the other.
 
-import pickle
+Their files are pickles, read by the project's own reader, which runs no code that they may hold.
+"""
+
+import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
-from datasets.spec import RawSet
+from datasets.files import download_file
+from datasets.spec import RawSet, check_images
 from runtime.errors import UserError, first_line
+from runtime.files import load_pickle
 
 
 def read_cifar10(path, download, with_pool):
@@ -18,44 +25,58 @@ def read_cifar100(path, download, with_pool):
 
 def read(name, other, path, download, with_pool):
     """name, other: of torchvision's classes. The rest, and what it returns: see DatasetSpec."""
-    from torchvision import datasets  # slow: it doubles the start time of a script
-
-    kind, other = getattr(datasets, name), getattr(datasets, other)
-    if not download and path.name in (kind.base_folder, other.base_folder):
-        path = path.parent
-    train, test = load_official(kind, path, download, also=other)
-    images, labels = (train.data, test.data), (np.array(train.targets), np.array(test.targets))
-    by_class = [{c: x[y == c] for c in range(len(train.classes))} for x, y in zip(images, labels)]
-    pool = load_official(other, path, download)[0].data if with_pool else None
-    return RawSet(*by_class, dict(enumerate(train.classes)), pool)
+    train, test, names = read_official(name, path, download)
+    by_class = [{c: x[y == c] for c in range(len(names))} for x, y in (train, test)]
+    advice = ", or choose another pool with --unlabeled"
+    pool = read_official(other, path, download, advice)[0][0] if with_pool else None
+    return RawSet(*by_class, dict(enumerate(names)), pool)
 
 
-def load_official(kind, path, download, also=None):
-    """The training and test set of a torchvision class, from the folder `path`.
+def read_official(name, path, download, advice=""):
+    """Training and test split, each (uint8 [n,32,32,3], labels int64 [n]), and the class names.
 
-    also: the class of the pool, still to be read; None if `kind` is that itself.
+    path: holds the archive or the folder that it unpacks to, or is that folder.
     """
-    from torchvision.datasets.utils import check_integrity
+    from torchvision import datasets  # slow: it doubles the start time
 
-    # "downloading" an intact archive that is already there only unpacks it
-    fetch = download or check_integrity(path / kind.filename, kind.tgz_md5)
+    official = getattr(datasets, name)
+    for folder in (path / official.base_folder, path.parent / official.base_folder):
+        if folder.is_dir():
+            return read_folder(official, folder)
+    archive = path / official.filename
+    if download:
+        download_file(official.url, archive, official.tgz_md5)
+    if not archive.is_file():
+        wanted = f"{official.filename} nor {official.base_folder}"
+        raise UserError(f"--raw {path}: has neither {wanted}; put one there{advice}")
+    with tempfile.TemporaryDirectory() as unpacked:  # `path` may be read-only
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(unpacked, filter="data")
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise UserError(f"{archive}: cannot be unpacked ({first_line(error)})") from None
+        return read_folder(official, Path(unpacked, official.base_folder))
+
+
+def read_folder(official, folder):
+    """See read_official; official: a torchvision class."""
     try:
-        return [kind(path, train=train, download=fetch) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # torchvision's advice, download=True, is not a flag here
-        reason = first_line(error).partition(" You can use")[0]
-        wanted = f"{kind.filename} or the folder {kind.base_folder}"
-        pool = (
-            f"; likewise {also.filename} (or give another pool with --unlabeled)"
-            if also
-            else f", or give another pool with --unlabeled ({kind.__name__} is only the pool)"
-        )
-        if not download:
-            raise UserError(
-                f"--raw {path}: holds no intact {kind.__name__} ({reason}); put {wanted} "
-                f"there{pool}"
-            ) from None
-        raise UserError(
-            f"{kind.__name__} cannot be downloaded ({reason}); put {wanted} into {path}, or name "
-            f"its folder with --raw DIR{pool}"
-        ) from None
+        lists = official.train_list, official.test_list
+        splits = [read_batches([folder / name for name, _ in files]) for files in lists]
+        meta = load_pickle(folder / official.meta["filename"])
+        return *splits, [str(name) for name in meta[official.meta["key"]]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{folder}: is not as published ({reason}); get a new copy") from None
+
+
+def read_batches(paths):
+    """Images uint8 [n,32,32,3] and labels int64 [n] of some batch files."""
+    batches = [load_pickle(path) for path in paths]
+    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    check_images(paths[0], images)
+    labels = [batch["labels"] if "labels" in batch else batch["fine_labels"] for batch in batches]
+    if sum(map(len, labels)) != len(images):
+        raise ValueError(f"{len(images)} images, {sum(map(len, labels))} labels")
+    return images, np.concatenate(labels)

@@ -1,56 +1,62 @@
-"""Image files as arrays: which formats are read, decoding and resizing.
+"""Image files as arrays: which are images, decoding and resizing, all by Pillow."""
 
-Files come from elsewhere: Pillow alone reads them, with a limit on their pixels.
-"""
-
+import contextlib
 import functools
-import multiprocessing
+import io
 import os
-import signal
-import sys
-import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from datasets.archive import open_file
+from datasets.files import list_files
 from runtime.errors import UserError, first_line
-from runtime.threads import usable_cores
 
-MIN_PARALLEL = 256  # fewer images are decoded sooner than other processes start
-
-
-@functools.cache
-def formats():
-    """The formats that Pillow reads, by its names; not EPS, which another program interprets."""
-    Image.init()
-    return tuple(sorted(set(Image.OPEN) - {"EPS"}))
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata does no harm
 
 
 @functools.cache
 def suffixes():
-    """The suffixes of image files, in lower case: '.jpg', ..."""
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in formats())
+    """The suffixes of the formats that Pillow reads, in lower case: '.jpg', ..."""
+    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-def list_images(folder, pattern="*"):
-    """The image files in a folder, sorted, without hidden ones: names relative to it."""
-    paths = (path.relative_to(folder) for path in sorted(folder.glob(pattern)) if path.is_file())
-    return [
-        path.as_posix()
-        for path in paths
-        if path.suffix.lower() in suffixes() and not any(p.startswith(".") for p in path.parts)
-    ]
+def is_image(name):
+    """Whether a file is an image, by its suffix."""
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+def list_images(folder, left_out):
+    """The image files below a folder, sorted: {name relative to it: path}.
+
+    left_out: {kind: paths}, to which the other files are added.
+    """
+    images = {}
+    for name, path in list_files(folder).items():
+        if path.is_file() and is_image(name):
+            images[name] = path
+        else:
+            kind = (path.suffix or "without suffix") if path.is_file() else "dangling links"
+            left_out.setdefault(kind, []).append(path)
+    return images
+
+
+def print_left_out(label, left_out):
+    """Say in one line which files are not used. left_out: {kind: paths}."""
+    if left_out:
+        kinds = (f"{len(paths)} {kind} ({paths[0]})" for kind, paths in sorted(left_out.items()))
+        print(f"{label}: left out: {', '.join(kinds)}", flush=True)
 
 
 def to_rgb(image):
     """A Pillow image as RGB, upright; transparent pixels become white."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # odd metadata says nothing about the pixels
+        image.getexif()  # read once; exif_transpose would write all tags anew, and fail at some
+        image.info.pop("exif", None)
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
@@ -72,72 +78,33 @@ def resize(image, side):
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def read_image(source, name, side):
-    """An image file as uint8 [side,side,3]. source, name: as in open_file. Raises UserError."""
-    label = Path(source) / name if Path(source).is_dir() else f"{source}: {name}"
+def read_image(path, side):
+    """An image file as uint8 [side,side,3]; path: as in list_files. Raises UserError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with (
-                open_file(source, name) as file,
-                Image.open(file, formats=formats()) as image,
-            ):
-                return resize(to_rgb(image), side)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        most = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise UserError(f"{label}: has more than {most}; shrink or remove it") from None
-    except FileNotFoundError:
-        raise UserError(f"{label}: no such file, give an image") from None
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+            return resize(to_rgb(image), side)
     except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)
-        if isinstance(error, UnidentifiedImageError):  # its message shows the file object
-            reason = "unknown format"
-        raise UserError(f"{label}: not a readable image ({reason}); repair or remove it") from None
+        reason = first_line(error).partition(" <")[0]  # Pillow's may show the file object
+        raise UserError(f"{path}: is not a readable image ({reason})") from None
 
 
-def decode(source, wanted, side):
-    """The images of an archive or folder: {key: names} to {key: uint8 [n,side,side,3]}.
+def decode(files, wanted, side):
+    """The images of some files: {key: names} to {key: uint8 [n,side,side,3]}.
 
-    source, names: as in open_file. From MIN_PARALLEL images on, several processes decode them.
-    Raises UserError.
+    files: {name: path}, as in list_files. Raises UserError.
     """
-    names = [str(name) for own in wanted.values() for name in own]
     images = {key: np.empty((len(own), side, side, 3), np.uint8) for key, own in wanted.items()}
-    rows = (row for array in images.values() for row in array)
-    read = functools.partial(read_image, source, side=side)
-    with tqdm(total=len(names), desc="images", unit="image", disable=None, leave=False) as bar:
-        for image, row in zip(map_parallel(read, names, source), rows):
-            row[:] = image
-            bar.update()
+    paths = [files[name] for own in wanted.values() for name in own]
+    rows = [row for array in images.values() for row in array]
+
+    def read(path, row):
+        row[:] = read_image(path, side)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+        warnings.simplefilter("ignore")  # about damaged metadata
+        done = threads.map(read, paths, rows)
+        for _ in tqdm(done, "images", len(paths), unit="image", disable=None, leave=False):
+            pass
     return images
-
-
-def map_parallel(read, names, source):
-    """map(read, names), from MIN_PARALLEL names on by several processes, 32 at a time."""
-    if len(names) < MIN_PARALLEL:
-        yield from map(read, names)
-        return
-    # fork where it is safe: otherwise each process would import PyTorch again
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    count = max(2, min(8, usable_cores()))
-    with ProcessPoolExecutor(count, context, start_worker) as workers:
-        try:
-            yield from workers.map(read, names, chunksize=32)
-        except BrokenProcessPool:
-            raise UserError(
-                f"{source}: a process that decodes its images was killed, perhaps for lack of "
-                f"memory; give the same command again"
-            ) from None
-
-
-def start_worker():
-    """In a new process: leave signals to the parent, and end when the parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)

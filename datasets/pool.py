@@ -1,21 +1,18 @@
 """The pool of unlabeled images: files of your own, and which of their images stay."""
 
-import functools
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import decode, list_images, resize
-from datasets.spec import check_images
-from runtime.arrays import load_array, load_arrays_pickle
+from datasets.files import MAX_UNPACKED
+from datasets.images import decode, list_images, print_left_out, resize
+from datasets.spec import check_images, shuffle
 from runtime.errors import UserError, first_line
-
-MAX_UNPACKED = 2**32  # bytes that a compressed .npz may unpack to
+from runtime.files import check_zip, load_array, load_pickle
 
 
 def read_pool(path, side):
@@ -23,90 +20,78 @@ def read_pool(path, side):
 
     Returns uint8 [n,side,side,3]. Raises UserError.
     """
-    label, path = f"--unlabeled {path}", Path(path)
+    label, path, left_out = f"--unlabeled {path}", Path(path), {}
     if os.path.isdir(path):
-        names = list_images(path, "**/*")
-        if not names:
-            raise UserError(f"{label}: a folder without images, name another")
-        return decode(path, {"pool": names}, side)["pool"]
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        images = load_npz(path)
-    elif suffix in (".pkl", ".pickle"):
-        images = read_published_pool(path, label)
+        files = list_images(path, left_out)
+        print_left_out(label, left_out)
+        if not files:
+            raise UserError(f"{label}: has no image; choose another folder")
+        return decode(files, {"pool": files}, side)["pool"]
+    if path.suffix.lower() == ".npz":
+        images = load_npz(path, label)
+    elif path.suffix.lower() in (".pkl", ".pickle"):
+        images = read_published_pool(path)
     else:
         images = load_array(path, label)
     check_images(label, images)
-    return resize_all(label, images, side)
-
-
-def read_published_pool(path, label=None):
-    """The published pickle: {'data': uint8 [n,H,W,3], 'label': ...}. label: for error messages."""
-    content = load_arrays_pickle(path)
-    images = content.get("data") if isinstance(content, dict) else None
-    check_images(f"{label or path}: 'data'", images)
-    return images
-
-
-def resize_all(label, images, side):
-    """uint8 [n,H,W,3] to [n,side,side,3]; as they are if they have that size."""
     if images.shape[1:3] == (side, side):
         return images
     print(f"{label}: {images.shape[1]}x{images.shape[2]}, resized to {side}x{side}", flush=True)
-    resized = np.empty((len(images), side, side, 3), np.uint8)
-    for row, image in zip(resized, tqdm(images, "resizing", disable=None, leave=False)):
-        row[:] = resize(Image.fromarray(image), side)
-    return resized
+    images = tqdm(images, "resizing", disable=None, leave=False)
+    return np.stack([resize(Image.fromarray(image), side) for image in images])
 
 
-def load_npz(path):
+def read_published_pool(path):
+    """The published pickle: {'data': uint8 [n,H,W,3], 'label': ...}."""
+    content = load_pickle(path)
+    images = content.get("data") if isinstance(content, dict) else None
+    check_images(f"{path}: 'data'", images)
+    return images
+
+
+def load_npz(path, label):
     """The one array in an .npz file, compressed or not, of at most MAX_UNPACKED bytes."""
-    label = f"--unlabeled {path}"
     try:
-        with zipfile.ZipFile(path) as content:
-            size = sum(record.file_size for record in content.infolist())
-            if size > MAX_UNPACKED:
-                raise UserError(
-                    f"{label}: unpacks to {size / 2**30:.1f} GiB, more than the limit of "
-                    f"{MAX_UNPACKED / 2**30:g}; give it as a .npy file"
-                )
-            if damaged := content.testzip():
-                raise UserError(f"{label}: is damaged at {damaged}, get a new copy")
+        check_zip(path, MAX_UNPACKED)
         with np.load(path, allow_pickle=False) as arrays:
-            if len(arrays.files) != 1:
-                found = ", ".join(arrays.files[:9]) or "no array"
-                raise UserError(f"{label}: holds {found}; give a file with one array")
-            return arrays[arrays.files[0]]
-    except FileNotFoundError:
-        raise UserError(f"{label}: no such file") from None
-    except UserError:
-        raise
+            (name,) = arrays.files
+            return arrays[name]
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{label}: not an .npz of plain arrays ({first_line(error)})") from None
+        reason = first_line(error)
+        raise UserError(f"{label}: is not an .npz file with one plain array ({reason})") from None
 
 
-def deduplicate(pool, parts):
-    """Keep each pool image once, and none that train, val or test hold bit for bit.
+def digests(*splits):
+    """A digest for each image of some splits {class id: uint8 [n,H,W,3]}, equal for equal ones."""
+    return [
+        hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+        for split in splits
+        for images in split.values()
+        for image in images
+    ]
 
-    pool: uint8 [n,H,W,3]; parts: {part: {class id: uint8 [n,H,W,3]}}. Returns uint8 [m,H,W,3] in
-    the order of the pool, and how many were dropped: {"equal": of the set, "repeated": ...}.
+
+def reduce_pool(pool, origin, known, size=None, seed=0):
+    """Keep each pool image once, none whose digest is in `known`, and at most `size` at random.
+
+    pool: uint8 [n,H,W,3], which comes from `origin`. Returns uint8 [m,H,W,3] in the order of the
+    pool, and how many were dropped: {"equal": known ones, "repeated": ...}. Raises UserError if
+    none is left.
     """
-
-    def digest(image):
-        return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-
-    bar = functools.partial(tqdm, desc="duplicates", unit="image", disable=None, leave=False)
-    arrays = [images for part in ("train", "val", "test") for images in parts[part].values()]
-    known = {digest(image) for images in bar(arrays, unit="class") for image in images}
-    kept, seen = [], set()
-    dropped = {"equal": 0, "repeated": 0}
-    for i, image in enumerate(bar(pool)):
-        key = digest(image)
-        if key in known:
-            dropped["equal"] += 1
-        elif key in seen:
-            dropped["repeated"] += 1
-        else:
-            seen.add(key)
-            kept.append(i)
+    first, keys = {}, digests({"pool": pool})
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    kept = [i for key, i in first.items() if key not in known]
+    equal = sum(key in known for key in keys)
+    dropped = {"equal": equal, "repeated": len(pool) - equal - len(kept)}
+    print(
+        f"pool: {origin}: {len(pool)} images, less {equal} that are also in the dataset and "
+        f"{dropped['repeated']} duplicates",
+        flush=True,
+    )
+    if not kept:
+        raise UserError(f"--unlabeled {origin}: the dataset holds all of its images")
+    if size is not None and size < len(kept):
+        kept = np.sort(shuffle(np.array(kept), seed, "pool_size")[:size])
+        print(f"pool: {size} of them are kept, chosen at random (--pool_size)", flush=True)
     return (pool if len(kept) == len(pool) else pool[kept]), dropped

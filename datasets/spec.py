@@ -1,7 +1,7 @@
-"""What a data set is: an entry of the registry, what its reader returns, and its parts."""
+"""What a dataset is: an entry of the registry, what its reader returns, and its splits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,17 @@ import torch
 import utils
 from runtime.errors import UserError
 
-PARTS = ("train", "val", "test", "exemplars")
+SPLITS = ("train", "val", "test", "exemplars")
 EXEMPLARS = 100  # of each class, a fixed part of train
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """All that is special to a data set.
+    """All that is special to a dataset.
 
-    read(path, download, with_pool) returns a RawSet. path: the folder of the official files, the
-    --source, or the embedded file. download: whether missing files may be downloaded there.
-    with_pool: whether the set's own pool is wanted. It raises UserError.
+    read(path, download, with_pool) returns a RawSet, or raises UserError. path: of the official
+    files, the --source, or the embedded file. download: whether missing files may be downloaded
+    there. with_pool: whether the dataset's own pool is wanted.
     """
 
     read: Callable
@@ -30,41 +30,35 @@ class DatasetSpec:
     mean: tuple | None = None  # per channel, in [0,1]; None: that of its own training images
     std: tuple | None = None
     side: int = 32  # images are side x side
-    pad: int | None = None  # black pixels around a training image; None: an eighth of the side
     exemplars: int = EXEMPLARS  # per class
-    pool: str = "the set's own"  # what its pool is; for a set from --source, the folder in there
-    raw_file: bool = False  # whether --raw may name the archive itself
+    pool: str = "the dataset's own"  # what its pool is
     embedded: Path | None = None  # the file in this repository that holds it: never prepared
-    list_classes: Callable | None = None  # names of the classes in --source, where images come from
 
     @property
     def classes(self):
-        """Number of classes in the official set; None if that depends on --source."""
+        """Number of classes in the official dataset; None if they are those of --source."""
         return self.classifiers and self.classifiers * self.classes_per_classifier
-
-    @property
-    def from_source(self):
-        """Whether its images come from --source."""
-        return self.list_classes is not None
 
 
 @dataclass
 class RawSet:
     """What a reader returns: images by class as uint8 [n,side,side,3], or as names of image files.
 
-    The names are relative to `files`, a folder or a zip archive, and still to be decoded.
+    The names are those of `files`, which are still to be decoded.
     """
 
     train: dict  # class id -> images or names
-    test: dict  # likewise; empty: some of train become the test part
+    test: dict  # likewise; empty: some of train become the test split
     names: dict  # class id -> name; the ids count from 0
     pool: np.ndarray | list | None = None  # unlabeled images or names, if there are any
-    files: Path | None = None  # None: the images are arrays
+    files: dict | None = None  # name -> path; None: the images are arrays
+    left_out: dict = field(default_factory=dict)  # kind -> files that are not used
+    listing: str | None = None  # SHA-256 of the names and sizes of the files of a --source
 
 
-def file_of(part):
-    """The name of a part in files: the published ones call the exemplars save_100."""
-    return f"save_{EXEMPLARS}" if part == "exemplars" else part
+def file_of(split):
+    """The name of a split in files: the published ones call the exemplars save_100."""
+    return f"save_{EXEMPLARS}" if split == "exemplars" else split
 
 
 def check_images(label, images):
@@ -75,9 +69,10 @@ def check_images(label, images):
         found = f"{images.dtype} {list(images.shape)}"
     else:
         return
-    raise UserError(f"{label}: found {found}, give uint8 [n,H,W,3], n > 0")
+    raise UserError(f"{label}: expected uint8 [n,H,W,3] with n > 0, got {found}")
 
 
 def shuffle(images, seed, *purpose):
-    """The rows of an array (images, or their names), in random order; see utils.stream."""
-    return images[torch.randperm(len(images), generator=utils.stream(seed, *purpose)).numpy()]
+    """The rows of an array (images, or their names), in random order; see utils.make_generator."""
+    generator = utils.make_generator(seed, *purpose)
+    return images[torch.randperm(len(images), generator=generator).numpy()]

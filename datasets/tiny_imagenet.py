@@ -1,8 +1,7 @@
 """Tiny-ImageNet, from its archive or the folder that it unpacks to; 64x64 JPEG files."""
 
-import os
-
-from datasets.archive import list_files, read_lines
+from datasets.files import download_file, list_files
+from datasets.images import is_image
 from datasets.spec import RawSet
 from runtime.errors import UserError, first_line
 
@@ -13,77 +12,55 @@ ANNOTATIONS = "val/val_annotations.txt"
 
 
 def read(path, download, with_pool):
-    """Names of files; the validation images are the test part, the test images the pool.
+    """Names of files; the validation images are the test split, the test images the pool.
 
     The classes are those of wnids.txt, sorted: 200, but an archive of fewer is read too.
     """
-    source = find(path, download)
-    files = list_files(source)
-    found = [file for file in files if f"/{file}".endswith(f"/{ANNOTATIONS}")]
-    if len(found) != 1:
-        raise UserError(f"{source}: holds no {ANNOTATIONS}, so it is not Tiny-ImageNet")
-    root = found[0].removesuffix(ANNOTATIONS)  # 'tiny-imagenet-200/' in the archive
-    train, pool, known = {}, [], set(files)
-    for file in files:
-        folders = file.removeprefix(root).split("/")
-        if len(folders) == 4 and (folders[0], folders[2]) == ("train", "images"):
-            train.setdefault(folders[1], []).append(file)
-        elif folders[:2] == ["test", "images"] and len(folders) == 3:
-            pool.append(file)
-    wnids = sorted(train)
-    if f"{root}wnids.txt" in known:
-        wnids = sorted({line.strip() for line in read_lines(source, f"{root}wnids.txt")} - {""})
-    for wnid in wnids:
-        if wnid not in train:
-            raise UserError(f"{source}: no images in train/{wnid}/images, but wnids.txt lists it")
-    test = annotated(source, root, wnids, known)
-    words = read_lines(source, f"{root}words.txt") if f"{root}words.txt" in known else []
-    by_class = [{c: sorted(part[wnid]) for c, wnid in enumerate(wnids)} for part in (train, test)]
-    return RawSet(*by_class, class_names(wnids, words), sorted(pool), source)
-
-
-def find(path, download):
-    """The archive, or the folder that it unpacks to, in `path` or as `path`; else downloaded."""
     for source in (path, path / ARCHIVE, path / ARCHIVE.removesuffix(".zip")):
         if source.is_file() or (source / ANNOTATIONS).is_file():
-            return source
-    if not download:
-        raise UserError(
-            f"--raw {path}: found neither {ARCHIVE} nor its folder (with {ANNOTATIONS}); put it "
-            f"there, or name it"
-        )
-    from torchvision.datasets.utils import download_url  # slow, see cifar.py
+            break
+    else:
+        source = path / ARCHIVE
+        if not download:
+            raise UserError(f"--raw {path}: has neither {ARCHIVE} nor its folder; put one there")
+        download_file(URL, source, MD5)
+    files = list_files(source)
+    found = [name for name in files if f"/{name}".endswith(f"/{ANNOTATIONS}")]
+    if len(found) != 1:
+        raise UserError(f"{source}: has no {ANNOTATIONS}, so it is not Tiny-ImageNet")
+    root = found[0].removesuffix(ANNOTATIONS)  # 'tiny-imagenet-200/' in the archive
+    files = {name.removeprefix(root): file for name, file in files.items()}
+    wnids = sorted({*filter(None, read_lines(source, files, "wnids.txt"))})
+    train, test, pool = {wnid: [] for wnid in wnids}, {wnid: [] for wnid in wnids}, []
+    for name in filter(is_image, files):
+        top, *folders, _ = name.split("/")
+        if top == "train" and folders[1:] == ["images"] and folders[0] in train:
+            train[folders[0]].append(name)
+        elif (top, folders) == ("test", ["images"]):
+            pool.append(name)
+    for line in read_lines(source, files, ANNOTATIONS):
+        name, wnid, *_ = [*line.split("\t"), ""]
+        if wnid in test:
+            test[wnid].append(f"val/images/{name}")
+            if test[wnid][-1] not in files:
+                raise UserError(f"{source}: val/images/{name} is missing, see {ANNOTATIONS}")
+    words = read_lines(source, files, "words.txt") if "words.txt" in files else []
+    by_class = [{c: sorted(split[wnid]) for c, wnid in enumerate(wnids)} for split in (train, test)]
+    return RawSet(*by_class, class_names(wnids, words), sorted(pool), files)
 
-    part = path / f"{ARCHIVE}.part"
+
+def read_lines(source, files, name):
+    """The lines of a text file, without space around them. files: {name: path} in `source`."""
     try:
-        download_url(URL, path, part.name, MD5)
-        os.replace(part, path / ARCHIVE)  # never half-written under its own name
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(
-            f"Tiny-ImageNet cannot be downloaded ({first_line(error)}); put {ARCHIVE} into "
-            f"{path}, or name it with --raw FILE"
-        ) from None
-    return path / ARCHIVE
-
-
-def annotated(source, root, wnids, known):
-    """The validation images of each class: {wnid: names}; known: all names in the archive."""
-    found = {wnid: [] for wnid in wnids}
-    for line in read_lines(source, root + ANNOTATIONS):
-        file, wnid, *_ = [*line.split("\t"), ""]
-        if wnid in found:
-            if (name := f"{root}val/images/{file}") not in known:
-                raise UserError(f"{source}: {name} is missing, but val_annotations.txt lists it")
-            found[wnid].append(name)
-    return found
+        return [line.strip() for line in files[name].read_text("utf-8").splitlines()]
+    except Exception as error:  # a damaged file can raise anything
+        reason = first_line(error)
+        raise UserError(f"{source}: {name} cannot be read ({reason}); get a new copy") from None
 
 
 def class_names(wnids, lines):
     """{class id: first word of words.txt}; where two classes share it, their wnids."""
-    words = {}
-    for line in lines:
-        wnid, _, rest = line.partition("\t")
-        words[wnid] = rest.partition(",")[0]
+    pairs = (line.partition("\t")[::2] for line in lines)
+    words = {wnid: rest.partition(",")[0] for wnid, rest in pairs}
     names = [words.get(wnid, wnid) for wnid in wnids]
     return {c: n if names.count(n) == 1 else wnids[c] for c, n in enumerate(names)}

@@ -12,5 +12,6 @@ def build_model(args):
     """
     network = BACKBONES[args.arch]
     args.width = args.width or network.default_width
-    bf16 = args.precision == "bf16"
-    return network(args.classes_per_classifier, args.classifiers, args.width, bf16)
+    model = network(args.classes_per_classifier, args.classifiers, args.width)
+    model.bf16 = args.precision == "bf16"
+    return model

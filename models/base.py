@@ -1,4 +1,4 @@
-"""What every backbone shares: two linear heads per task, features, logits, the check of a state.
+"""What every backbone shares: heads, features, logits, and whether a state dict fits.
 
 The heads are those of the published code: `linear` learns from random batches, `linear_main` from
 class-balanced ones and gives the predictions (docs/METHOD.md section 3).
@@ -15,8 +15,8 @@ ORIG, MASK = ".weight_orig", ".weight_mask"  # as torch.nn.utils.prune names the
 
 
 class LifelongNet(nn.Module):
-    """A backbone and its heads. A subclass sets arch, builds its layers, calls add_heads() and
-    defines body().
+    """A backbone and its heads. A subclass sets `arch` and `default_width`, builds its layers,
+    calls add_heads() and defines body(): images [n,3,H,W] to feature maps [n,d,h,w].
 
     arch: its name in --arch. default_width: channels of the first layer unless --width is given.
     bf16: the backbone computes in bfloat16 (autocast); weights, statistics, features and heads
@@ -24,25 +24,14 @@ class LifelongNet(nn.Module):
     """
 
     arch, default_width = None, None
-
-    def __init__(self, bf16=False):
-        super().__init__()
-        self.bf16 = bf16
+    bf16 = False
 
     def add_heads(self, features, classes_per_classifier, classifiers):
         """Add two heads for each task; features: length of the feature vector."""
-
-        def heads():
-            return nn.ModuleList(
-                nn.Linear(features, classes_per_classifier) for _ in range(classifiers)
-            )
-
-        self.linear_main = heads()
-        self.linear = heads()
-
-    def body(self, x):
-        """Images [n,3,H,W] to feature maps [n,d,h,w]."""
-        raise NotImplementedError
+        self.linear_main, self.linear = (
+            nn.ModuleList(nn.Linear(features, classes_per_classifier) for _ in range(classifiers))
+            for _ in range(2)
+        )
 
     def features(self, x, groups=()):
         """Images [n,3,H,W], normalized, to features [n,d], float32.
@@ -77,7 +66,7 @@ class LifelongNet(nn.Module):
             raise TypeError("give main_fc=True (balanced heads) or main_fc=False (random heads)")
         return self.logits(features, out_idx, main_fc)
 
-    def misfit(self, state):
+    def explain_mismatch(self, state):
         """Why a dense state dict does not fit this network, as the end of a message; None if it
         does. state: {key: tensor} of any shapes.
         """
@@ -85,22 +74,23 @@ class LifelongNet(nn.Module):
             {key: tuple(value.shape) for key, value in each.items()}
             for each in (dense_state(self.state_dict()), state)
         )
-        for key in {**own, **found}:
+        keys = [*own, *(key for key in found if key not in own)]
+        for key in keys:
             if not key.startswith("linear") and (key not in own or key not in found):
-                return f"does not fit {self.arch} at {key}, see --arch"
-        first = next(iter(own))  # the first convolution, whose outputs are the width
-        if own[first][1:] == found[first][1:] and own[first] != found[first]:
+                return f"does not fit {self.arch} at {key}; choose another --arch"
+        first = keys[0]  # the first convolution, whose outputs are the width
+        if own[first] != found[first] and own[first][1:] == found[first][1:]:
             width = found[first][0]
-            return f"has width {width}, this run has --width {own[first][0]}; give the same"
+            return f"has width {width}, not {own[first][0]}; type --width {width}"
         heads, expected = count_heads(found), count_heads(own)
         if heads != expected:
             return (
-                f"has {heads[0]} heads of {heads[1]} classes, this run {expected[0]} of "
-                f"{expected[1]}; see --dataset, --classifiers, --classes_per_classifier"
+                f"has {heads[0]} heads of {heads[1]} classes, not {expected[0]} of {expected[1]}; "
+                f"choose other --dataset, --classifiers or --classes_per_classifier"
             )
-        for key in {**own, **found}:
+        for key in keys:
             if own.get(key) != found.get(key):
-                return f"does not fit this network at {key}, give another file"
+                return f"does not fit {self.arch} at {key}; choose another file"
         return None
 
 

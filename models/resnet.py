@@ -47,13 +47,13 @@ class ResNet18(LifelongNet):
 
     arch, default_width = "resnet18", 64
 
-    def __init__(self, classes_per_classifier, classifiers, width=64, bf16=False):
-        super().__init__(bf16)
+    def __init__(self, classes_per_classifier, classifiers, width=64):
+        super().__init__()
         self.conv1 = conv3x3(3, width)
-        self.layer1 = stage(PreActBlock, 2, width, width, 1)
-        self.layer2 = stage(PreActBlock, 2, width, 2 * width, 2)
-        self.layer3 = stage(PreActBlock, 2, 2 * width, 4 * width, 2)
-        self.layer4 = stage(PreActBlock, 2, 4 * width, 8 * width, 2)
+        self.layer1 = blocks(PreActBlock, 2, width, width, 1)
+        self.layer2 = blocks(PreActBlock, 2, width, 2 * width, 2)
+        self.layer3 = blocks(PreActBlock, 2, 2 * width, 4 * width, 2)
+        self.layer4 = blocks(PreActBlock, 2, 4 * width, 8 * width, 2)
         self.add_heads(8 * width, classes_per_classifier, classifiers)
 
     def body(self, x):
@@ -92,13 +92,13 @@ class ResNet32(LifelongNet):
 
     arch, default_width = "resnet32", 16
 
-    def __init__(self, classes_per_classifier, classifiers, width=16, bf16=False):
-        super().__init__(bf16)
+    def __init__(self, classes_per_classifier, classifiers, width=16):
+        super().__init__()
         self.conv1 = conv3x3(3, width)
         self.bn1 = BatchNorm2d(width)
-        self.layer1 = stage(BasicBlock, 5, width, width, 1)
-        self.layer2 = stage(BasicBlock, 5, width, 2 * width, 2)
-        self.layer3 = stage(BasicBlock, 5, 2 * width, 4 * width, 2)
+        self.layer1 = blocks(BasicBlock, 5, width, width, 1)
+        self.layer2 = blocks(BasicBlock, 5, width, 2 * width, 2)
+        self.layer3 = blocks(BasicBlock, 5, 2 * width, 4 * width, 2)
         self.add_heads(4 * width, classes_per_classifier, classifiers)
 
     def body(self, x):
@@ -106,7 +106,7 @@ class ResNet32(LifelongNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
-def stage(block, count, inputs, outputs, stride):
-    """`count` blocks in a row; the first has the stride."""
+def blocks(block, count, inputs, outputs, stride):
+    """`count` blocks in a row; the first has the stride and changes the number of channels."""
     first = block(inputs, outputs, stride)
     return nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1)))

@@ -45,11 +45,7 @@ class Parser(argparse.ArgumentParser):
 # ------------------------------------------------------------------------------ types of values
 
 
-def path(text):
-    """An argparse type: the name of a file or folder, whether it exists or not; ~ is expanded."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected the name of a file or folder, got {text!r}")
-    return os.path.expanduser(text)
+path = os.path.expanduser  # an argparse type: the name of a file or folder
 
 
 def number(kind, low=-math.inf, high=math.inf, expected=None):
@@ -215,15 +211,13 @@ def adopt(args, known, source):
         args.class_order = known["class_order"]
 
 
-def finalize_args(args, backbones, save_dir=None):
+def finalize_args(args, save_dir=None):
     """Check --state, --batch_size and the folders, and fill in the defaults that depend on others.
 
-    args: with the number of tasks filled in. backbones: {name: class}. save_dir: the default of
-    --save_dir, with {} for the name of the dataset; None for a script that trains nothing. Raises
-    UserError.
+    args: with the number of tasks filled in. save_dir: the default of --save_dir, with {} for the
+    name of the dataset; None for a script that trains nothing. Raises UserError.
     """
     args.arch = args.arch or "resnet18"
-    args.width = args.width or backbones[args.arch].default_width
     last = getattr(args, "state", None) or args.classifiers
     if "state" in args:
         args.state = last

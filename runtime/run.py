@@ -64,7 +64,9 @@ class Run:
         if args.overwrite:
             self.remove_files()
         self.journal = self.open_journal(script, inputs or {})
-        self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
+        self.epochs = []  # the rows of metrics.csv
+        if self.journal["stages"]:
+            self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
         self.results["states"] = self.journal["rows"]
         self.start = time.monotonic() - self.journal["seconds"]
         self.last_saved = self.last_printed = time.monotonic()

@@ -1,8 +1,9 @@
-"""Small data sets in their real formats, and what tests of data sets check alike."""
+"""Small datasets in their real formats, and what tests of datasets check alike."""
 
 import io
 import pickle
 import zipfile
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from PIL import Image
 
 import dataset
-from models import BACKBONES
-from runtime import cli
+from runtime.args import Parser, add_data_flags
 from runtime.errors import UserError
 
-PARTS = ("train", "val", "test", "exemplars")
+SPLITS = ("train", "val", "test", "exemplars")
 FILES = ("train", "val", "test", "save_100")
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10_NAMES += ["dog", "frog", "horse", "ship", "truck"]
 
 # ------------------------------------------------------------------------------ checks
 
@@ -47,98 +49,84 @@ def check_rejected(call, *fragments):
 
 
 def tree(folder="."):
-    """Everything in a folder: path -> time of change, and content."""
-    return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
-        for path in sorted(Path(folder).rglob("*"))
-    }
+    """All files in a folder: path -> content."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(path): path.read_bytes() for path in paths if path.is_file()}
 
 
-def check_table(printed, data, pool):
-    """A row for each class in task order: task, class, its name, the counts of the four parts."""
-    rows = [line.split() for line in printed.splitlines()]
-    start = next(i for i, row in enumerate(rows) if set(PARTS) <= set(row))
-    for i, (row, c) in enumerate(zip(rows[start + 1 :], data.order)):
-        counts = [str(len(getattr(data, part)[c])) for part in PARTS]
-        name = [data.names[c]] if c in data.names else []
-        assert row == [str(i // data.classes_per_classifier + 1), str(c), *name, *counts]
-    totals = [str(sum(map(len, getattr(data, part).values()))) for part in PARTS]
-    assert rows[start + 1 + len(data.order)][-4:] == totals
-    assert str(pool) in rows[start + 2 + len(data.order)]
+# ------------------------------------------------------------------------------ loading
 
 
-def runs(flags):
-    """First and last+1 position of each run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags, [0]])))
-    return list(zip(edges[::2], edges[1::2]))
-
-
-def check_picture(path, data):
-    """A row of images for each task, its classes beside each other, as bright as they are."""
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(float)
-    dark = (pixels < 250).any(-1)
-    rows = runs(dark.mean(1) > 0.5)
-    assert len(rows) == data.classifiers
-    c = data.classes_per_classifier
-    for task, (top, bottom) in enumerate(rows):
-        assert (bottom - top) % data.pool.shape[1] == 0
-        columns = [run for run in runs(dark[top:bottom].any(0)) if np.diff(run) > 20]  # no text
-        assert len(columns) == c
-        for (left, right), k in zip(columns, data.order[task * c :]):
-            tiles = (right - left) * data.pool.shape[1] // (bottom - top) // data.pool.shape[2]
-            shown = data.train[k][:tiles].float().mean()
-            assert tiles == min(8, len(data.train[k]))
-            assert pixels[top:bottom, left:right].mean() == pytest.approx(float(shown), abs=0.5)
-
-
-# ------------------------------------------------------------------------------ sets
-
-
-def parse(*argv):
-    """The flags of a training script, with the number of tasks filled in."""
-    args = cli.training_parser("", "run", dataset.DATASETS, BACKBONES).parse_args(argv)
+def parse(*argv, **more):
+    """The flags of a script that choose a dataset, with the number of tasks filled in."""
+    parser = Parser("")
+    add_data_flags(parser, dataset.DATASETS)
+    args = Namespace(**vars(parser.parse_args(argv)), **more)
     dataset.resolve_tasks(args)
     return args
 
 
-def load(*argv, **options):
-    """The data set as a training script loads it."""
-    args = parse(*argv)
-    cli.finalize_args(args, "run_{}")
-    return dataset.load(args, torch.device("cpu"), **options)
+def load(*argv, pool=True, splits=SPLITS, **more):
+    """The dataset as a script loads it; more: other attributes of its args."""
+    return dataset.load(parse(*argv, **more), torch.device("cpu"), pool, splits)
 
 
 def stored(folder):
-    """The part files {part: {class: images}} and the pool, read as plain arrays."""
-    parts = {}
-    for part in FILES:
-        with np.load(folder / f"cifar10_{part}.npz", allow_pickle=False) as arrays:
-            parts[part] = {int(c): arrays[c] for c in arrays.files}
-    return parts, np.load(folder / "cifar10_pool.npy", allow_pickle=False)
+    """The splits {split: {class: images}} and the pool of a prepared cifar10, as plain arrays."""
+    splits = {}
+    for split in FILES:
+        with np.load(Path(folder, f"cifar10_{split}.npz"), allow_pickle=False) as arrays:
+            splits[split] = {int(c): arrays[c] for c in arrays.files}
+    return splits, np.load(Path(folder, "cifar10_pool.npy"), allow_pickle=False)
+
+
+# ------------------------------------------------------------------------------ sources
 
 
 def random_images(n, seed, side=32):
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
-def write_published(pickled=pickle.dumps, protocol=4):
+def write_batch(path, images, labels, key):
+    """A batch file as CIFAR's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), key: labels}
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_cifar(raw="raw", train=20, tests=10):
+    """The official files of both sets; returns CIFAR-10's {split: {class: images}} and the pool."""
+    folder = Path(raw, "cifar-10-batches-py")
+    labels = {"train": [*range(10)] * train, "test": [*range(10)] * tests}
+    images = {split: random_images(len(own), len(own)) for split, own in labels.items()}
+    for i in range(5):
+        part = slice(i * 2 * train, (i + 1) * 2 * train)
+        name = f"data_batch_{i + 1}"
+        write_batch(folder / name, images["train"][part], labels["train"][part], "labels")
+    write_batch(folder / "test_batch", images["test"], labels["test"], "labels")
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10_NAMES}))
+    folder, pool = Path(raw, "cifar-100-python"), random_images(40, 77)
+    write_batch(folder / "train", pool, [*range(20)] * 2, "fine_labels")
+    write_batch(folder / "test", pool[:3], [0, 1, 2], "fine_labels")
+    names = {"fine_label_names": [f"fine{c}" for c in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    by_class = {
+        s: {c: own[np.array(labels[s]) == c] for c in range(10)} for s, own in images.items()
+    }
+    return by_class, pool
+
+
+def write_published():
     """Write the five published files to published/; returns what they hold."""
     Path("published").mkdir()
     content = {
-        part: {c: random_images(4 + i + c % 3, [i, c]) for c in range(10)}
-        for i, part in enumerate(FILES)
+        split: {c: random_images(4 + i + c % 3, [i, c]) for c in range(10)}
+        for i, split in enumerate(FILES)
     }
-    for part in FILES:
-        path = Path(f"published/cifar10_{part}.pkl")
-        path.write_bytes(pickled(content[part], protocol))
-    content["pool"] = random_images(9, 5)
-    pool = {"data": content["pool"], "label": np.zeros(9, dtype=np.uint8)}
-    Path("published/cifar10_80m_150k.pkl").write_bytes(pickled(pool, protocol))
+    content["80m_150k"] = {"data": random_images(9, 5), "label": np.zeros(9, dtype=np.uint8)}
+    for name, own in content.items():
+        Path(f"published/cifar10_{name}.pkl").write_bytes(pickle.dumps(own))
     return content
-
-
-# ------------------------------------------------------------------------------ image files
 
 
 def noise(seed, side=64, mode="RGB"):
@@ -149,15 +137,11 @@ def noise(seed, side=64, mode="RGB"):
     return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
-def encode(image, kind, **options):
+def encode(image, kind="PNG", **options):
     """The bytes of a Pillow image in a format."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def jpeg(seed, mode="RGB", side=64):
-    return encode(noise(seed, side, mode), "JPEG", quality=90)
 
 
 def pixels(content):
@@ -183,12 +167,12 @@ def write_folder(classes=("b", "a", "c d", "e"), train=16, tests=2, pool=0, fold
     kinds = (("png", "PNG"), ("JPG", "JPEG"), ("bmp", "BMP"), ("TIFF", "TIFF"), ("gif", "GIF"))
     files = {}
     for c, name in enumerate(classes):
-        for part, count in (("train", train), ("test", tests)):
+        for split, count in (("train", train), ("test", tests)):
             for i in range(count):
                 suffix, kind = kinds[i % len(kinds)]
                 image = noise([c, i, count], 40)
-                files[f"{part}/{name}/{i}.{suffix}"] = encode(image, kind)
+                files[f"{split}/{name}/{i}.{suffix}"] = encode(image, kind)
     for i in range(pool):
-        files[f"unlabeled/deep/{i}.png"] = encode(noise([77, i], 50), "PNG")
+        files[f"unlabeled/deep/{i}.png"] = encode(noise([77, i], 50))
     write_tree(files, folder)
     return files

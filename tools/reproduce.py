@@ -3,54 +3,58 @@
     python -m tools.reproduce                    CIFAR-10 made small: a CPU, about two hours
     python -m tools.reproduce --size medium      all of CIFAR-10, a narrow network, few epochs
     python -m tools.reproduce --size full        the published protocol, for a GPU
-    python -m tools.reproduce --seeds 0          one seed
-    python -m tools.reproduce --status           what is done, at work, failed, and the time left
+    python -m tools.reproduce --size rehearsal   the same runs on the embedded digits, in minutes
+    python -m tools.reproduce --status           what is done, running, failed, and the time left
 
-For each of three seeds, in order of worth: the top-down tickets and the dense network; the
-bottom-up tickets, those of tasks 3 and 5 retrained (task-rewound), and their controls; the dense
-network without lottery teaching; last, bottom-up tickets selected on test images. All sizes but
-small also prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs.
-At the end the records are copied to DIR/results and compared there (tools/report.py).
+For each of three seeds, by priority: the top-down tickets and the dense network; the bottom-up
+tickets, those of tasks 3 and 5 retrained (task-rewound), and their controls; the dense network
+without lottery teaching; last, bottom-up tickets selected on test images. All sizes but small also
+prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs. At the end
+the records are copied to DIR/results and compared there (tools/report.py).
 
-Elsewhere than on this machine (docs/cluster.md), prepare the data and run the plan piece by piece:
+On a cluster, prepare the dataset once and run the plan chain by chain (slurm/reproduce.sbatch), or
+give each line of --list to a scheduler:
 
-    python -m tools.reproduce --prepare          the data alone; shows the number of chains
+    python -m tools.reproduce --prepare          the dataset alone; shows the number of chains
     python -m tools.reproduce --chain 0          a run that needs no other, and those that need it
-    python -m tools.reproduce --list             chain, name, needs and command of each run
+    python -m tools.reproduce --list             chain, name, need and command of each run
 """
 
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
-import dataset
-from datasets.prepare import ensure_prepared, holds_set
-from runtime import cli
-from runtime.epochs import epochs_path
-from runtime.errors import UserError, first_line
-from runtime.process import STOPPING, Interrupted, check_signals, hold_signals, run_script
-from runtime.threads import usable_cores
-from tools import report, status
+from runtime.args import CONTROLS, DEFAULT, Parser, int_list, int_range, path
+from runtime.errors import UserError
+from runtime.files import save_text
+from runtime.process import STOPPING, Interrupted, run_script
+from runtime.threads import quota_cores
+from tools import report
 
 ROOT = Path(__file__).parent.parent
+ENDED = "tools.reproduce: ended with status "  # the last line of the log of a run that has ended
+# {exit status: signal} of a run that was stopped; negative where it had not come to run_script()
+SIGNALS = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+STOPPED = {status: signum for signum in SIGNALS for status in (128 + signum, -signum)}
 POLL_SECONDS = 0.2
+WRITES_SECONDS = 900  # a run at work writes more often: metrics.csv has a line for each epoch
+
+# ------------------------------------------------------------------------------ the plan
 
 
 class Size(NamedTuple):
-    about: str  # for --help
-    out: str  # default of --out
-    data: str | None = ""  # flags of dataset.py; None: an embedded set, which needs no preparation
+    data: str | None = ""  # flags of dataset.py; None: the embedded digits, not to be prepared
     train: str = ""  # flags of every run
     prune: str = ""  # of main_TD and main_BU
     bottom_up: str = ""  # of main_BU
-    more: bool = True  # also the control of TD and the upper bound
-    jobs: int | None = 1  # default of --jobs; None: one a core
 
 
 # One pruning of 36 % replaces two of 20 %, and --base_sparsity keeps task 1's ticket at or below
@@ -59,214 +63,85 @@ BOTTOM_UP = "--percent 0.36 --max_iter_prun 13 --base_sparsity 97.5"
 SIZES = {
     # 540 training images a class, a narrow network, 7 epochs. Batches are as large as published:
     # in smaller ones BatchNorm normalizes only a few new images together, and the newest classes
-    # were hardly ever classified correctly (docs/evidence-small.md).
+    # were hardly ever classified correctly.
     "small": Size(
-        about="CIFAR-10, 600 images a class, width 16, 7 epochs",
-        out="reproduce",
         data="--per_class 600",
         train="--device cpu --width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256",
         prune="--iter_epochs 1",
         bottom_up=BOTTOM_UP,
-        more=False,
-        jobs=None,
     ),
     # All images, so that 72 steps or more lie between two prunings; batch size, momentum and weight
     # decay are the published ones.
     "medium": Size(
-        about="all of CIFAR-10, width 16, 10 epochs",
-        out="reproduce_medium",
         train="--arch resnet18 --width 16 --epochs 10 --decreasing_lr 6,8 --lr 0.02",
         prune="--iter_epochs 2",
         bottom_up=BOTTOM_UP,
     ),
-    "full": Size(about="the published protocol", out="reproduce_full"),
+    "full": Size(),
     "rehearsal": Size(
-        about="the same runs on the embedded digits, to try a machine",
-        out="reproduce_rehearsal",
         data=None,
         train="--dataset digits --device cpu --width 2 --epochs 1 --lr 0.05 --batch_size 64",
         prune="--iter_epochs 1",
         bottom_up="--percent 0.8 --max_iter_prun 3 --base_sparsity 95",
-        jobs=None,
     ),
 }
 # of all sizes
 SCHEDULE = "--prune_scheduler 1,1,3,4,5"  # of the paper's Figure 4: 4.40 % remain
 TICKETS = (3, 5)  # the tasks whose bottom-up tickets are retrained
+# What a run takes, very roughly, in dense runs; for the time left
+COST = {"main_CIL.py": 1, "main_TD.py": 1.4, "main_BU.py": 2.5, "main_train.py": 0.15}
 
 
 class Job(NamedTuple):
-    name: str  # of its log
+    chain: int
+    name: str  # seed0/BU_retrain_task3, also of its log
     command: list  # the script and its arguments
     journal: Path  # the run.json that it writes
-    needs: tuple = ()  # names of the Jobs that must have finished before
-
-
-def add_protocol_flags(flag, out):
-    """Which runs, with which flags and data, and where; out: the default of --out, for the help.
-
-    flag: the add_argument of a parser.
-    """
-    flag(
-        "--seeds",
-        type=cli.int_list,
-        default=[0, 1, 2],
-        metavar="S,S",
-        help="seeds to run (default 0,1,2)",
-    )
-    flag(
-        "--out",
-        type=cli.path,
-        metavar="DIR",
-        help=f"folder of all runs (default {out})",
-    )
-    flag(
-        "--data",
-        type=cli.path,
-        metavar="DIR",
-        help="prepared data set (default DIR/data, prepared if it is not there)",
-    )
-    flag("--raw", type=cli.path, metavar="PATH", help="official files, as in dataset.py")
-    flag("--unlabeled", nargs="+", type=cli.path, metavar="PATH", help="pool, as in dataset.py")
-    message = "more flags of every run, such as --flags='--precision bf16'"
-    flag("--flags", type=cli.flag_text, metavar="FLAGS", help=message)
-
-
-def fill_in(args, out):
-    """Check the flags of add_protocol_flags() and fill in the defaults; out: that of --out."""
-    embedded = SIZES[args.size].data is None
-    for name in ("data", "raw", "unlabeled"):
-        if embedded and getattr(args, name):
-            raise UserError(f"--{name}: a rehearsal takes the embedded digits, leave it out")
-    args.out = Path(args.out or out)
-    args.data = None if embedded else args.data or str(args.out / "data")
-    args.flags = args.flags or ""
-    args.seeds = [*dict.fromkeys(args.seeds)]
-    if not args.seeds:
-        raise UserError("--seeds: the list is empty; give seeds such as 0,1,2")
-
-
-def parse(argv):
-    parser = cli.Parser(__doc__, "python -m tools.reproduce")
-    flag = parser.add_argument
-    sizes = "; ".join(f"{name}: {size.about}" for name, size in SIZES.items())
-    flag("--size", choices=SIZES, default="small", help=f"{sizes} {cli.DEFAULT}")
-    message = "the same as --size full"
-    flag("--full", dest="size", action="store_const", const="full", help=message)
-    add_protocol_flags(flag, "reproduce, reproduce_medium and so on")
-    flag(
-        "--jobs",
-        type=cli.int_range(1, 64),
-        metavar="N",
-        help="parallel runs, which share the cores (default: one a core; medium and full: 1)",
-    )
-    flag = parser.add_argument_group("instead of running all").add_mutually_exclusive_group()
-    flag = flag.add_argument
-    flag("--prepare", action="store_true", help="prepare the data")
-    flag("--chain", type=cli.int_range(0), metavar="I", help="run chain I, once data are prepared")
-    message = "print a line for each run: chain, name, needs, command; separated by tabs"
-    flag("--list", action="store_true", help=message)
-    flag("--status", action="store_true", help="print how far each run is, and the time left")
-    flag("--report", action="store_true", help="copy and compare the records so far")
-    args = parser.parse_args(argv)
-    size = SIZES[args.size]
-    fill_in(args, size.out)
-    default = min(usable_cores(), 64) if size.jobs is None else size.jobs
-    if args.chain is not None and args.jobs:
-        raise UserError("--chain --jobs: the runs of a chain follow one another; leave --jobs out")
-    args.jobs = 1 if args.chain is not None else args.jobs or default
-    return args
-
-
-# ------------------------------------------------------------------------------ the plan
+    needs: str = ""  # name of the Job, of the same chain, that must have finished before
 
 
 def plan(args):
-    """All Jobs in order of worth. A Job comes after those that it needs."""
-    size, out = SIZES[args.size], shlex.quote(str(args.out))
-    data = f"--data {shlex.quote(args.data)}" if args.data else ""
-    bottom_up = f"{size.prune} {size.bottom_up} --select_on"
+    """All Jobs by priority. A Job comes after the one that it needs."""
+    size, jobs, chains = SIZES[args.size], [], {}
+    shared = [*args.flags, *["--data", args.data] * bool(args.data), *size.train.split()]
 
-    def job(script, seed, folder, flags="", step="", needs=()):
-        folders = f"--seed {seed} --save_dir {out}/seed{seed}/{folder}"
-        flags = f"{data} {size.train} {folders} {flags} {args.flags}"
-        name = f"seed{seed}/{folder}"
-        journal = args.out / name / (f"{step}_run.json" if step else "run.json")
-        name += f"_{step}" * bool(step)
-        return Job(name, shlex.split(f"{script}.py {flags}"), journal, needs)
+    def add(script, seed, folder, flags="", files=(), stage=""):
+        """stage: of main_train, which works in the folder of the run that it needs."""
+        name, out = f"seed{seed}/{folder}", args.out / f"seed{seed}" / folder
+        command = [script, *shared, "--seed", str(seed), "--save_dir", str(out)]
+        command += [*flags.split(), *files]
+        number = chains.setdefault(name, len(chains))
+        whole, prefix = (f"{name}_{stage}", f"{stage}_") if stage else (name, "")
+        journal = out / f"{prefix}run.json"
+        jobs.append(Job(number, whole, command, journal, name if stage else ""))
 
-    def retrainings(seed, folder, controls):
-        """The tickets of a run of main_BU, retrained in its folder, or controls of them."""
-        path = f"{out}/seed{seed}/{folder}"
+    def retrain(seed, folder, controls):
+        """The tickets of a run of main_BU, or controls of them."""
+        out = args.out / f"seed{seed}" / folder
         for t in TICKETS:
-            ticket = f"--weight {path}/task{t - 1}_best_model.pt --mask {path}/mask-{t}.pt"
+            files = ["--weight", f"{out}/task{t - 1}_best_model.pt", "--mask", f"{out}/mask-{t}.pt"]
             for control in controls:
-                flags = f"{ticket} --state {t} --control {control}"
-                step = f"retrain_task{t}" + f"_{control}" * (control != "none")
-                yield job("main_train", seed, folder, flags, step, (f"seed{seed}/{folder}",))
+                stage = f"retrain_task{t}" + f"_{control}" * (control != "none")
+                flags = f"--state {t} --control {control}"
+                add("main_train.py", seed, folder, flags, files, stage)
 
-    jobs = []
+    more = args.size != "small"
+    top_down, bottom_up = f"{size.prune} {SCHEDULE}", f"{size.prune} {size.bottom_up}"
     for seed in args.seeds:
-        top_down = f"{size.prune} {SCHEDULE}"
-        jobs += [job("main_TD", seed, "TD", top_down), job("main_CIL", seed, "CIL")]
-        jobs += [job("main_BU", seed, "BU", f"{bottom_up} val"), *retrainings(seed, "BU", ["none"])]
-        if size.more:
-            jobs += [job("main_TD", seed, "TD_random", f"{top_down} --criterion random")]
-        jobs += retrainings(seed, "BU", [name for name in cli.CONTROLS if name != "none"])
-        jobs += [job("main_CIL", seed, "CIL_no_teaching", "--no_teaching")]
-        if size.more:
-            jobs += [job("main_CIL", seed, "CIL_joint", "--joint")]
+        add("main_TD.py", seed, "TD", top_down)
+        add("main_CIL.py", seed, "CIL")
+        add("main_BU.py", seed, "BU", f"{bottom_up} --select_on val")
+        retrain(seed, "BU", ["none"])
+        if more:
+            add("main_TD.py", seed, "TD_random", f"{top_down} --criterion random")
+        retrain(seed, "BU", [name for name in CONTROLS if name != "none"])
+        add("main_CIL.py", seed, "CIL_no_teaching", "--no_teaching")
+        if more:
+            add("main_CIL.py", seed, "CIL_joint", "--joint")
     for seed in args.seeds:
-        jobs += [job("main_BU", seed, "BU_on_test", f"{bottom_up} test")]
-        jobs += retrainings(seed, "BU_on_test", ["none"])
+        add("main_BU.py", seed, "BU_on_test", f"{bottom_up} --select_on test")
+        retrain(seed, "BU_on_test", ["none"])
     return jobs
-
-
-def chains(jobs):
-    """Jobs divided into lists: a Job that needs no other, then those that need it."""
-    first, found = {}, {}
-    for job in jobs:
-        first[job.name] = first[job.needs[0]] if job.needs else job.name
-        found.setdefault(first[job.name], []).append(job)
-    return [*found.values()]
-
-
-def chain_of(jobs, number):
-    """The Jobs of --chain. Raises UserError."""
-    found = chains(jobs)
-    if number >= len(found):
-        raise UserError(
-            f"--chain {number}: these flags make {len(found)} chains, give 0 to {len(found) - 1}"
-        )
-    return found[number]
-
-
-def chain_numbers(jobs):
-    """{name of a Job: the number of its chain}."""
-    return {job.name: i for i, chain in enumerate(chains(jobs)) for job in chain}
-
-
-def listing(jobs):
-    """A line for each Job: the number of its chain, name, needs ('-': none) and command.
-
-    The fields are separated by tabs, the names of the needs by commas; a shell runs the command.
-    """
-    number, rows = chain_numbers(jobs), []
-    for job in jobs:
-        command = shlex.join(python(job.command))
-        if "\n" in command:
-            raise UserError(f"--list: found a line break in a name ({command!r}), rename the file")
-        rows.append([str(number[job.name]), job.name, ",".join(job.needs) or "-", command])
-    return ["\t".join(row) for row in rows]
-
-
-def check_flags(args, jobs):
-    """Raise UserError if a script does not take the --flags."""
-    for job in {job.command[0]: job for job in jobs}.values() if args.flags else ():
-        try:
-            status.parsed(job)
-        except UserError as error:
-            raise UserError(f"--flags {args.flags!r}: {job.command[0]}: {error}") from None
 
 
 def python(command):
@@ -274,179 +149,250 @@ def python(command):
     return [sys.executable, str(ROOT / command[0]), *command[1:]]
 
 
-# ------------------------------------------------------------------------------ the data
+def listing(jobs):
+    """A line for each Job: chain, name, need ('-': none) and command, with tabs between."""
+    rows = [(str(j.chain), j.name, j.needs or "-", shlex.join(python(j.command))) for j in jobs]
+    return "\n".join(map("\t".join, rows))
 
 
-def data_command(args):
-    """The command that prepares the protocol's data set, or checks the one that is there."""
-    command = ["dataset.py", "--data", args.data, *SIZES[args.size].data.split()]
-    command += ["--raw", args.raw] if args.raw else []
-    return command + (["--unlabeled", *args.unlabeled] if args.unlabeled else [])
+# ------------------------------------------------------------------------------ the command line
 
 
-def prepare_data(args):
-    """Run data_command(). Raises UserError."""
-    if args.data and subprocess.call(python(data_command(args))):
-        raise UserError(f"--data {args.data}: cannot be used, see above")
+def flag_list(text):
+    """An argparse type: the flags of another command, as they are typed in a shell."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"expected flags as in a shell, got {text!r} ({error})") from None
 
 
-def check_data(args):
-    """Raise UserError unless the data set is prepared as data_command() would. Writes nothing."""
-    if args.data:
-        wanted = dataset.parse(data_command(args)[1:])
-        if not holds_set(wanted.dataset, Path(args.data)):
-            raise UserError(
-                f"--data {args.data}: holds no prepared data set; run python -m tools.reproduce "
-                f"--prepare with the same flags first"
-            )
-        ensure_prepared(wanted, Path(args.data), wanted.per_class, wanted.seed)
+def parse(argv):
+    parser = Parser(__doc__, "python -m tools.reproduce")
+    flag = parser.add_argument
+    flag("--size", choices=SIZES, default="small", help=f"see above {DEFAULT}")
+    message = "seeds to run (default 0,1,2)"
+    flag("--seeds", type=int_list, default=[0, 1, 2], metavar="S,S", help=message)
+    message = "folder of all runs (default reproduce, reproduce_medium and so on)"
+    flag("--out", type=path, metavar="DIR", help=message)
+    message = "prepared dataset (default DIR/data, prepared if it is not there)"
+    flag("--data", type=path, metavar="DIR", help=message)
+    message = "more flags of every run, such as --flags='--precision bf16'"
+    flag("--flags", type=flag_list, default=[], metavar="FLAGS", help=message)
+    message = "parallel runs (default: one per core for small and rehearsal; for --chain 1)"
+    flag("--jobs", type=int_range(1, 64), metavar="N", help=message)
+    flag = parser.add_argument_group("instead of running all").add_mutually_exclusive_group()
+    flag = flag.add_argument
+    flag("--prepare", action="store_true", help="prepare the dataset")
+    flag("--chain", type=int_range(0), metavar="I", help="run chain I, on the prepared dataset")
+    message = "print a line for each run: chain, name, need, command; separated by tabs"
+    flag("--list", action="store_true", help=message)
+    flag("--status", action="store_true", help="print how far each run is, and the time left")
+    flag("--report", action="store_true", help="copy and compare the records so far")
+    args = parser.parse_args(argv)
+    embedded = SIZES[args.size].data is None
+    if embedded and args.data:
+        raise UserError("--data: a rehearsal uses the embedded digits; remove --data")
+    if not args.seeds:
+        raise UserError("argument --seeds: expected seeds such as 0,1,2, got an empty list")
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    args.out = Path(args.out or ("reproduce" if args.size == "small" else f"reproduce_{args.size}"))
+    args.data = None if embedded else args.data or str(args.out / "data")
+    several = args.chain is None and "--device cpu" in SIZES[args.size].train
+    args.jobs = args.jobs or (cores() if several else 1)
+    planned = {word for job in plan(args) for word in job.command[1 + len(args.flags) :]}
+    for name in [word.partition("=")[0] for word in args.flags]:
+        if name.startswith("--") and name in planned:
+            raise UserError(f"--flags: {name} is set by the plan (see --list); remove {name}")
+    return args
+
+
+def cores():
+    """Number of cores that this process may keep busy."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, quota_cores())
 
 
 # ------------------------------------------------------------------------------ running
 
 
-def finished(job):
-    """Whether the journal says that this very command has finished."""
+def prepare_data(args):
+    """Prepare the dataset with dataset.py, or have it check the one that is there."""
+    command = ["dataset.py", "--data", args.data, *SIZES[args.size].data.split()]
+    if subprocess.call(python(command)):
+        raise UserError(f"--data {args.data}: cannot be used, see above")
+
+
+def read_json(path):
+    """What a run.json or results.json holds; an empty dict where there is none."""
     try:
-        return status.is_done(job, status.read_journal(job.journal))
-    except UserError:
-        return False  # the run itself reports what is wrong
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path}: is damaged; remove {path.parent} and run again") from None
 
 
-def log_path(args, name):
-    return args.out / "logs" / (name.replace("/", "_") + ".txt")
+def is_done(job, journal):
+    """Whether a run's journal says that this very command has finished."""
+    return bool(journal.get("finished")) and journal.get("command") == job.command[1:]
 
 
-def last_line(log, start=""):
-    """The last line of a log that is not blank and starts with `start`; '' without one."""
-    lines = log.read_text(errors="replace").split("\n")
-    *_, last = ["", *(line for line in lines if line.strip() and line.startswith(start))]
-    return last
+def log_path(args, job):
+    return args.out / "logs" / (job.name.replace("/", "_") + ".txt")
 
 
-class Running(NamedTuple):
-    job: Job
-    process: subprocess.Popen
-    start: float
-
-
-def start_job(job, args):
-    """Start a Job in the background, with its output in its log. Returns a Running."""
-    threads = max(1, usable_cores() // args.jobs)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    print(f"{job.name}: started", flush=True)
-    with open(log_path(args, job.name), "a") as file:
-        process = subprocess.Popen(python(job.command), stdout=file, stderr=file, env=environment)
-    return Running(job, process, time.monotonic())
-
-
-def end_job(running, args):
-    """Report a process that has ended. Raises UserError if it failed, Interrupted if stopped."""
-    job, process, start = running
-    log, code = log_path(args, job.name), process.returncode
-    signum = -code if code < 0 else code - 128
-    if signum in STOPPING:
-        raise Interrupted(signum, f", {job.name} is saved")
-    if code:
-        last = last_line(log)
-        status.note_failure(log, code)
-        raise UserError(f"{log}: ends with status {code}: {last}")
-    seconds = time.monotonic() - start
-    print(f"{job.name}: {seconds:.0f} s, {last_line(log, 'state')}", flush=True)
+def read_log(args, job):
+    """The lines of a run's log that are not blank."""
+    log = log_path(args, job)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return [line for line in lines if line.strip()]
 
 
 def run_all(jobs, args):
-    """Run the unfinished Jobs, --jobs in parallel, each as soon as what it needs has finished.
+    """Run the unfinished Jobs, --jobs in parallel, each as soon as the one it needs has finished.
 
-    When one fails or a signal arrives, stop the others. Raises UserError, Interrupted.
+    When one fails or a signal arrives, the others are stopped. Raises UserError, Interrupted.
     """
-    waiting = [job for job in jobs if not finished(job)]
-    running = []
+    waiting, running = [job for job in jobs if not is_done(job, read_json(job.journal))], []
     if not waiting:
         print("nothing left to run", flush=True)
-    with hold_signals():
-        try:
-            while waiting or running:
-                pending = {job.name for job in waiting} | {each.job.name for each in running}
-                ready = [job for job in waiting if not pending.intersection(job.needs)]
-                for job in ready[: args.jobs - len(running)]:
-                    running.append(start_job(job, args))
-                    waiting.remove(job)
-                time.sleep(POLL_SECONDS)
-                check_signals()
-                for each in [each for each in running if each.process.poll() is not None]:
-                    running.remove(each)
-                    end_job(each, args)
-        finally:
-            for each in running:
-                each.process.terminate()  # it saves its progress
-            for each in running:
-                each.process.wait()
-
-
-def copy_records(args):
-    """Copy the records of all runs with a result to DIR/results.
-
-    Returns the arguments with which tools.report compares them. Raises UserError.
-    """
-    folders = set()
-    found = [path for seed in args.seeds for path in args.out.glob(f"seed{seed}/*/*results.json")]
-    for path in found:
-        try:
-            if not json.loads(path.read_text())["states"]:
-                continue
-            copy = args.out / "results" / path.relative_to(args.out)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            if epochs_path(path).exists():
-                shutil.copyfile(epochs_path(path), epochs_path(copy))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"{path}: cannot be read or copied ({first_line(error)}); its command, shown by "
-                f"--list, writes it again"
-            ) from None
-        folders.add(str(copy.parent))
-    return [*sorted(folders), "--out", str(args.out / "results")]
-
-
-def make_folders(args):
-    """Make --out and its folder of logs. Raises UserError."""
     try:
-        (args.out / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = first_line(error)
-        raise UserError(
-            f"--out {args.out}: cannot be written ({reason}); name another folder"
-        ) from None
+        while waiting or running:
+            pending = {job.name for job in waiting} | {job.name for job, _ in running}
+            ready = [job for job in waiting if job.needs not in pending]
+            for job in ready[: args.jobs - len(running)]:
+                running.append((job, start(job, args)))
+                waiting.remove(job)
+            time.sleep(POLL_SECONDS)
+            for job, process in [each for each in running if each[1].poll() is not None]:
+                check_end(job, process.returncode, args)
+                running.remove((job, process))
+    finally:
+        for _, process in running:
+            process.terminate()
+        for job, process in running:
+            with open(log_path(args, job), "a") as log:
+                print(f"{ENDED}{process.wait()}", file=log)
+
+
+def start(job, args):
+    """Start a Job, with its output in its log. Returns the process."""
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // args.jobs))} | os.environ
+    print(f"{job.name}: started", flush=True)
+    with open(log_path(args, job), "a") as log:
+        return subprocess.Popen(python(job.command), stdout=log, stderr=log, env=environment)
+
+
+def check_end(job, status, args):
+    """Raise UserError if a run has failed, Interrupted if a signal has stopped it."""
+    lines = read_log(args, job)
+    if status in STOPPED:
+        raise Interrupted(STOPPED[status])
+    if status:
+        last = lines[-1] if lines else "no output"
+        raise UserError(f"{log_path(args, job)}: ends with status {status}: {last}")
+    results = [line for line in lines if line.startswith("state ")]
+    print(f"{job.name}: done; {results[-1] if results else ''}", flush=True)
+
+
+def compare_records(args):
+    """Copy the records of all runs with a result to DIR/results, and compare them there."""
+    folders = set()
+    for seed in args.seeds:
+        for results in args.out.glob(f"seed{seed}/*/*results.json"):
+            if not read_json(results).get("states"):
+                continue
+            copy = args.out / "results" / results.parent.relative_to(args.out)
+            copy.mkdir(parents=True, exist_ok=True)
+            for name in ("results.json", "metrics.csv", "confusion.csv"):
+                record = results.with_name(results.name.replace("results.json", name))
+                if record.exists():
+                    shutil.copyfile(record, copy / record.name)
+            folders.add(str(copy))
+    if not folders:
+        raise UserError(f"--out {args.out}: contains no results yet; run the plan first")
+    report.main([*sorted(folders), "--out", str(args.out / "results")])
+
+
+# ------------------------------------------------------------------------------ --status
+
+
+def state_of(job, journal, args):
+    """One of: done, done with other flags, failed, stopped, running, not started."""
+    if journal.get("finished"):
+        return "done" if is_done(job, journal) else "done with other flags"
+    lines = read_log(args, job)
+    if lines and lines[-1].startswith(ENDED):
+        return "stopped" if int(lines[-1].removeprefix(ENDED)) in STOPPED else "failed"
+    metrics = job.journal.with_name(job.journal.name.replace("run.json", "metrics.csv"))
+    written = [file.stat().st_mtime for file in (job.journal, metrics) if file.exists()]
+    if written and time.time() - max(written) < WRITES_SECONDS:
+        return "running"  # on whatever machine
+    return "stopped" if written or lines else "not started"
+
+
+def show_status(jobs, args):
+    """Print a line for each run, and an estimate of the time left. Changes nothing."""
+    if not args.out.is_dir():
+        raise UserError(f"--out {args.out}: no such folder, so nothing has run there yet")
+    row = "{:>5}  {:34}  {:21}  {:>10}  {}"
+    print(row.format("chain", "run", "state", "spent", "last stage"))
+    states, spent, cost, left = [], 0, 0, 0  # cost: of what is done, as in COST; left: of the rest
+    for job in jobs:
+        journal = read_json(job.journal)
+        stages, seconds = [*journal.get("stages", ())], journal.get("seconds", 0)
+        states.append(state_of(job, journal, args))
+        last = stages[-1] if stages else ""
+        print(row.format(job.chain, job.name, states[-1], duration(seconds), last).rstrip())
+        if states[-1] == "done":
+            spent, cost = spent + seconds, cost + COST[job.command[0]]
+        else:
+            left += COST[job.command[0]]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    estimate = duration(spent / cost * left) if cost else "unknown until a run is done"
+    print(f"{len(jobs)} runs: {', '.join(counts)}; time left, one after the other: {estimate}")
+
+
+def duration(seconds):
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# ------------------------------------------------------------------------------ all of it
 
 
 def main(argv=None):
     args = parse(argv)
     jobs = plan(args)
-    check_flags(args, jobs)
     if args.list:
-        print(*listing(jobs), sep="\n")
+        print(listing(jobs))
     elif args.status:
-        logs = [log_path(args, job.name) for job in jobs]
-        status.show(jobs, args.out, logs, chain_numbers(jobs))
+        show_status(jobs, args)
     elif args.report:
-        *folders, _, _ = arguments = copy_records(args)
-        if not folders:
-            raise UserError(f"--out {args.out}: holds no results yet; run the plan first")
-        report.main(arguments)
-    elif args.chain is not None:
-        chain = chain_of(jobs, args.chain)
-        check_data(args)
-        make_folders(args)
-        run_all(chain, args)
+        compare_records(args)
     else:
-        make_folders(args)
+        run_plan(jobs, args)
+
+
+def run_plan(jobs, args):
+    """The dataset, the runs and their comparison; of --prepare and --chain a part of it."""
+    last = max(job.chain for job in jobs)
+    if args.chain is not None:
+        if args.chain > last:
+            raise UserError(f"--chain {args.chain}: expected 0 to {last} with these flags")
+        if args.data and not os.path.exists(args.data):
+            raise UserError(f"--data {args.data}: no such folder; run --prepare, flags as here")
+    save_text(args.out / "logs" / "plan.txt", listing(jobs) + "\n")
+    if args.data:
         prepare_data(args)
-        if args.prepare:
-            print(f"prepared; --chain takes 0 to {len(chains(jobs)) - 1}")
-        else:
-            run_all(jobs, args)
-            report.main(copy_records(args))
+    if args.prepare:
+        print(f"prepared; --chain takes 0 to {last}")
+        return
+    run_all([job for job in jobs if args.chain in (None, job.chain)], args)
+    if args.chain is None:
+        compare_records(args)
 
 
 if __name__ == "__main__":
