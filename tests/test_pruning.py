@@ -209,7 +209,7 @@ def test_densities_of_the_schedules():
     weights = pruning_utils.weights(ResNet18(2, 5, width=16))
     dense = {name: torch.ones_like(weight) for name, weight in weights.items()}
     masks, found = prune_repeatedly(weights, dense, 0.2, 9)
-    assert found == "80.00 64.00 51.20 40.96 32.77 26.21 20.97 16.78 13.42".split()
+    assert " ".join(found) == "80.00 64.00 51.20 40.96 32.77 26.21 20.97 16.78 13.42"
     assert prune_repeatedly(weights, masks, 0.28, 1)[1] == ["9.66"]  # CIFAR-100 in the paper
     found += prune_repeatedly(weights, masks, 0.2, 5)[1]
     # prunings so far after the last task of 1,1,2,3,5 and of the paper's 1,1,3,4,5
@@ -285,25 +285,6 @@ def test_masks_live_in_a_model_as_those_of_torch_and_leave_it_whole():
     assert same(model.state_dict(), dense) and not torch_prune.is_pruned(model)
 
 
-def test_an_optimizer_keeps_its_momentum_while_masks_change():
-    """SGD by hand, with momentum and weight decay, against an optimizer of the dense model."""
-    model = make(4)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01)
-    expected, velocity = parameters[0].detach().clone(), 0.0
-    for masks in ({}, random_masks(model, 0), random_masks(model, 1), {}):
-        pruning_utils.apply_mask(model, masks)
-        optimizer.zero_grad()
-        logits(model).square().mean().log().backward()
-        gradient = parameters[0].grad
-        if masks:
-            assert bool((gradient[masks["conv1"] == 0] == 0).all())
-        velocity = 0.9 * velocity + gradient + 0.01 * expected
-        expected = expected - 0.1 * velocity
-        optimizer.step()
-        torch.testing.assert_close(pruning_utils.weights(model)["conv1"], expected)
-
-
 @pytest.mark.parametrize("given", [None, {}, "masks"])
 @pytest.mark.parametrize("into_pruned", [False, True])
 @pytest.mark.parametrize("from_pruned", [False, True])
@@ -333,8 +314,6 @@ CONV = torch.zeros(4, 3, 3, 3)
 MISFITS = {
     "--arch": lambda: ResNet32(2, 3, 4).double().state_dict(),
     "--width": lambda: make(0, width=8).state_dict(),
-    "--classifiers": lambda: ResNet18(2, 4, 4).double().state_dict(),
-    "--classes_per_classifier": lambda: ResNet18(3, 3, 4).double().state_dict(),
     "more.weight": lambda: changed("more.weight", torch.zeros(2)),
     "conv1.weight is not finite": lambda: changed("conv1.weight", CONV.double() / 0),
     "mask file": lambda: pruning_utils.mask_state(random_masks(make(0), 0)),
@@ -365,7 +344,7 @@ def bad_masks(kind):
     return masks
 
 
-@pytest.mark.parametrize("kind", ["--width", "missing", "more", "0.5", "-1", "nan"])
+@pytest.mark.parametrize("kind", ["--width", "missing", "more", "0.5", "nan"])
 def test_masks_of_another_network_or_of_other_numbers_are_an_error(kind):
     model = make(12)
     pruning_utils.apply_mask(model, random_masks(model, 1))
@@ -388,7 +367,7 @@ def rewound(args, run):
     pruning_utils.apply_mask(model, random_masks(model, 0, 0.3))
     pruning_utils.apply_mask(best, random_masks(best, 1, 0.7))
     before = pruning_utils.clone_state(model)
-    sources = {"zero": initial, "best": best, "finetune": copy.deepcopy(before)}
+    sources = {"zero": initial.state_dict(), "best": best.state_dict(), "finetune": before}
 
     def rewind(kind, t=2):
         args.rewind = kind
@@ -396,8 +375,7 @@ def rewound(args, run):
         main_TD.rewind(model, t, best.state_dict(), run)
         return pruning_utils.clone_state(model)
 
-    states = {kind: getattr(each, "state_dict", lambda e=each: e)() for kind, each in sources.items()}
-    return rewind, before, {kind: dense_state(state) for kind, state in states.items()}
+    return rewind, before, {kind: dense_state(state) for kind, state in sources.items()}
 
 
 def test_each_kind_of_rewinding_sets_the_convolutions_alone(rewound):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pruning_utils
 import teaching
 import trainer
 import utils
-from models import BACKBONES, ResNet18
+from models import BACKBONES
 from runtime import run as runtime_run
 from runtime.errors import UserError
 from runtime.records import read_epochs
@@ -146,19 +145,6 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
         assert_close(state_of(ours), state_of(plain))
 
 
-@pytest.mark.parametrize(
-    "k, sub, a, b",
-    [(2, 7, 3 / 7, 3 / 7), (3, 8, 2 / 8, 5 / 8), (5, 64, 12 / 64, 51 / 64), (3, 3, 1 / 3, 2 / 3)],
-)
-def test_the_weights_of_the_terms_depend_on_k_and_sub_alone(k, sub, a, b):
-    model, _ = make_pair()
-    for sizes in ((5, 3, 4, 6), (1, 1, 7, 2)):
-        loss, terms = trainer.kd_loss(model, k, sub, make_batch(k, sizes))
-        balanced = a * terms["new"] + b * terms["old"] + terms["distillation_main"]
-        wanted = terms["random"] + terms["distillation"] + 0.5 * balanced
-        torch.testing.assert_close(loss.detach(), wanted, **CLOSE)
-
-
 def test_distillation_by_hand():
     flat = torch.zeros(3, 4, dtype=torch.float64)
     assert trainer.distillation(flat, flat).item() == pytest.approx(4 * math.log(4))
@@ -168,46 +154,11 @@ def test_distillation_by_hand():
     assert trainer.distillation(stored, stored).item() == pytest.approx(wanted)
 
 
-@pytest.mark.device
-def test_steps_in_bf16_are_close_to_fp32_and_keep_everything_in_fp32(args, device, monkeypatch):
-    """Rounding to bf16 is off by up to 2^-9; over some 40 layers that adds up to about 1 %.
-
-    It also switches ReLUs that are near zero on or off, which alone changes a gradient by 20 %
-    here; so a smooth function replaces them.
-    """
-    monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.softplus)
-    batch = make_batch(2, (12, 6, 6, 12), device=device)
-    batch = trainer.Batch(*(tuple(t.float() if t.is_floating_point() else t for t in p) for p in batch))
-    found = {}
-    for precision in ("fp32", "bf16"):
-        args.precision = precision
-        model = trainer.make_model(args, device).train()
-        optimizer = trainer.make_optimizer(model, args, LR)
-        pruning_utils.apply_mask(model, random_masks(model))
-        loss, _ = trainer.kd_loss(model, 2, 12, batch)
-        take_step(loss, optimizer)
-        statistics = {k: v for k, v in model.state_dict().items() if "running" in k}
-        buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
-        for tensor in (*model.parameters(), *gradients(model).values(), *buffers, loss):
-            assert tensor.dtype == torch.float32
-        found[precision] = [loss.detach()[None]], statistics.values(), gradients(model).values()
-    differences = []
-    for both in zip(found["fp32"], found["bf16"]):
-        fp32, bf16 = (torch.cat([tensor.flatten() for tensor in each]) for each in both)
-        differences.append(float((bf16 - fp32).norm() / fp32.norm()))
-    assert max(differences) < 0.05
-    assert differences[2] > 1e-4  # it was bf16
-
-
-@pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_training_does_not_change_the_heads_to_come(args, data, in_float64, t, used):
-    """Neither do gradients nor weight decay, whose share of a step would be visible here.
-
-    used: all heads have gradients of zeros from another pass, enough for weight decay.
-    """
+def test_training_does_not_change_the_heads_to_come(args, data, in_float64, t):
+    """Nor does weight decay, though they have gradients of zeros here, from another pass."""
     model, _ = make_pair()
-    for main_fc in (True, False) if used else ():
+    for main_fc in (True, False):
         model(images(2, torch.Generator()), main_fc=main_fc).sum().mul(0).backward()
     optimizer = trainer.make_optimizer(model, args, LR)
     before = copy.deepcopy(model.state_dict())
@@ -272,9 +223,7 @@ def test_an_epoch_is_one_pass_of_the_random_batches_and_the_others_start_over(
     found = sum((numbers_of(batch, data) for batch in random), [])
     assert sorted(found) == sorted(task.random[1].tolist()) and found != task.random[1].tolist()
     assert found == sum((y.tolist() for _, y in random), [])  # rows stay together
-    for each, size, numbers in zip(
-        others, sizes, (range(1, 18), range(101, 108), range(201, 212))
-    ):
+    for each, size, numbers in zip(others, sizes, (range(1, 18), range(101, 108), range(201, 212))):
         n = len(numbers)
         one_pass = [min(size, n - start) for start in range(0, n, size)]
         assert [len(batch[0]) for batch in each] == (one_pass * len(steps))[: len(steps)]
@@ -325,7 +274,9 @@ def test_training_images_are_augmented_and_unlabeled_ones_are_not(args, data, pu
 def test_a_seed_gives_the_same_numbers_for_good():
     """utils.derive_seed() is part of what a seed means; test_scripts pins what it is given."""
     assert utils.derive_seed(0, "task1", 1, "random") == 720498275269583395
-    assert torch.rand(1, generator=utils.make_generator(3, "x")).item() == pytest.approx(0.4844493865966797)
+    assert torch.rand(1, generator=utils.make_generator(3, "x")).item() == pytest.approx(
+        0.4844493865966797
+    )
 
 
 @pytest.mark.parametrize("change", [{"epoch": 2}, {"stream": "task4"}, {"seed": 1}])
@@ -342,19 +293,6 @@ def test_each_sub_batch_has_random_draws_of_its_own(args, data, change):
         assert all(torch.equal(a[0], b[0]) for a, b in zip(some, same))
         found = [sum((numbers_of(b, data) for b in each), []) for each in (some, others)]
         assert found[0] != found[1]
-
-
-@pytest.mark.parametrize("t", [1, 2, 3])
-def test_a_task_learns_from_new_images_and_old_exemplars(args, data, t):
-    args.no_teaching = True
-    task, c = teaching.build_task(data, args, t), 2
-    new = [(i, x) for i in range((t - 1) * c, t * c) for x in data.train[ORDER[i]]]
-    old = [(i, x) for i in range((t - 1) * c) for x in data.exemplars[ORDER[i]]]
-    for name, rows in {"new": new, "old": old, "random": new + old}.items():
-        x, y = getattr(task, name)
-        found = Counter((label, image.numpy().tobytes()) for label, image in zip(y.tolist(), x))
-        assert found == Counter((label, image.numpy().tobytes()) for label, image in rows), name
-    assert (task.t, task.data, task.unlabeled) == (t, data, None)
 
 
 # ------------------------------------------------------------------------------ views
@@ -667,12 +605,6 @@ def test_tasks_are_evaluated_once_in_the_life_of_a_run(args, run, data):
     args.no_teaching = True
     model, task = trainer.make_model(args, CPU), teaching.build_task(data, args, 3)
     first = trainer.evaluate_tasks(model, task, run, "task3_dense")
-    wanted = trainer.evaluate(model, data.test, 3, data, args.batch_size)
-    rows = [line.split(",") for line in (run.folder / "confusion.csv").read_text().splitlines()]
-    assert rows == [["class", *map(str, ORDER)]] + [
-        [str(c), *map(str, row)] for c, row in zip(ORDER, wanted.pop("confusion"))
-    ]
-    assert first == wanted
     for linear in model.linear_main:
         linear.weight.data.neg_()
     assert trainer.evaluate_tasks(model, task, run, "task3_dense") == first
