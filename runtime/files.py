@@ -39,9 +39,9 @@ def atomic_write(path, write):
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        cause = os_error(error)
-        if cause is None:
-            raise
+        cause = first_cause(error)
+        if not isinstance(cause, OSError):
+            raise cause from None
         raise UserError(
             f"{path}: cannot be written ({first_line(cause)}); free some space or choose another "
             f"folder"
@@ -49,12 +49,13 @@ def atomic_write(path, write):
     return checksum
 
 
-def os_error(error):
-    """The OSError that an exception is, or during which it was raised; else None.
+def first_cause(error):
+    """The exception during which a RuntimeError was raised, or the error itself.
 
-    On a full disk torch.save still closes its archive, which raises a RuntimeError in turn.
+    After an error of the disk, or a signal, torch.save still closes its archive, which raises a
+    RuntimeError in turn.
     """
-    while error is not None and not isinstance(error, OSError):
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
         error = error.__context__
     return error
 
@@ -106,9 +107,9 @@ def load_array(path, label=None):
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
         return array
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError):
-            raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
+    except Exception as error:  # a damaged file can raise anything
         reason = first_line(error)
         raise UserError(f"{label}: is not a plain .npy array ({reason}); choose another") from None
 

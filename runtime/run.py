@@ -24,9 +24,10 @@ from runtime.files import file_checksum, save_text
 # round), or what they name is compared by its content.
 RESUME_IGNORED = {
     "save_dir", "save_data_path", "overwrite", "print_freq", "device", "gpu", "data", "class_order",
-    "weight", "mask", "tensorboard",
+    "class_names", "weight", "mask", "tensorboard",
 }  # fmt: skip
 SAVE_SECONDS = 60  # at most so often progress is saved
+RECORDS = "metrics.csv", "confusion.csv", "log_results.txt", "results.json", "run.json"
 LOG_SECONDS = 30  # without a progress bar, an epoch is printed at most so often
 
 
@@ -64,8 +65,10 @@ class Run:
         if args.overwrite:
             self.remove_files()
         self.journal = self.open_journal(script, inputs or {})
+        for name in (*self.journal["wrote"], *(prefix + name for name in RECORDS)):
+            self.remove_parts(name)
         self.epochs = []  # the rows of metrics.csv
-        if self.journal["stages"]:
+        if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
         self.results["states"] = self.journal["rows"]
         self.start = time.monotonic() - self.journal["seconds"]
@@ -83,26 +86,27 @@ class Run:
         folder, slash, file = name.rpartition("/")
         return Path(self.args.save_data_path if slash else self.folder) / file
 
+    def data_folder(self):
+        """--save_data_path, as an absolute path; None where it is the default, in --save_dir."""
+        where = os.path.abspath(self.args.save_data_path)
+        return None if where == os.path.abspath(self.folder / "data") else where
+
     def open_journal(self, script, inputs):
         """What run.json holds, or a new journal. Raises UserError if it is of other settings."""
         config = {key: value for key, value in vars(self.args).items() if key not in RESUME_IGNORED}
-        where = os.path.abspath(self.args.save_data_path)
-        if where != os.path.abspath(self.folder / "data"):  # the default moves with the run
-            config["save_data_path"] = where
+        config["save_data_path"] = self.data_folder()
         inputs = {"--class_order": self.data.order, "--data": self.results["images"]} | inputs
         settings = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
         if journal := self.read_journal():
             self.check_settings(journal, settings)
             journal.pop("finished", None)  # until close(), which may find a file damaged
             return journal
-        found = [self.path(f"{self.prefix}results.json")]
-        if len(self.locks) > 1:
-            found += Path(self.args.save_data_path).glob("task*_img.npy")
-        for path in found:
-            if path.exists() and not self.args.overwrite:
-                raise UserError(
-                    f"{path}: is of another run; choose another folder, or give --overwrite"
-                )
+        results = self.path(f"{self.prefix}results.json")
+        if results.exists():
+            raise UserError(
+                f"{results}: is of another run; choose another folder, or give --overwrite"
+            )
+        self.check_soft_labels()
         return settings | {"stages": {}, "rows": [], "wrote": [], "seconds": 0.0}
 
     def check_settings(self, was, asked):
@@ -129,6 +133,17 @@ class Run:
                 f"--save_dir {self.folder}: holds a run of {journal['script']}.py; choose another "
                 f"folder"
             )
+
+    def check_soft_labels(self, wrote=()):
+        """Raise UserError if --save_data_path holds soft labels of another run.
+
+        wrote: the names of those that are this run's. In its own folder --overwrite replaces any.
+        """
+        if len(self.locks) == 1 or (self.args.overwrite and not self.data_folder()):
+            return
+        for path in sorted(Path(self.args.save_data_path).glob("task*_img.npy")):
+            if f"data/{path.name}" not in wrote:
+                raise UserError(f"{path}: is of another run; choose another --save_data_path")
 
     def read_journal(self):
         """What run.json holds, or None where there is none."""
@@ -157,18 +172,28 @@ class Run:
             journal = self.read_journal() or {}
         except UserError:  # a damaged one: its files are replaced one by one
             journal = {}
+        wrote = journal.get("wrote", [])
         if journal:
             self.check_script(journal)
-        records_of_run = "metrics.csv", "confusion.csv", "log_results.txt", "results.json"
+            if (
+                journal["config"].get("save_data_path") != self.data_folder()
+            ):  # it holds other files
+                wrote = [name for name in wrote if "/" not in name]
+        self.check_soft_labels(wrote)
         # the journal last, since it lists the files
-        for name in (*journal.get("wrote", ()), *records_of_run, "run.json"):
-            self.remove(name if name in journal.get("wrote", ()) else self.prefix + name)
+        for name in (*wrote, *(self.prefix + name for name in RECORDS)):
+            self.remove(name)
 
     def remove(self, name):
         """Remove a file of the run, and what a killed process has left of it."""
+        self.path(name).unlink(missing_ok=True)
+        self.remove_parts(name)
+
+    def remove_parts(self, name):
+        """Remove what a killed process has left as it wrote a file."""
         path = self.path(name)
-        for file in (path, *path.parent.glob(f".{path.name}.*.part")):
-            file.unlink(missing_ok=True)
+        for part in path.parent.glob(f".{path.name}.*.part"):
+            part.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------- files
 
