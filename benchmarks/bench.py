@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py                        all rows; about ten minutes on two cores
     python benchmarks/bench.py --rows kd_step,prune   some of them
-    python benchmarks/bench.py --out bench.json       write the times as JSON too, after each row
+    python benchmarks/bench.py --out bench.json       write the times as JSON too
 
 A row is measured in up to three ways: published (published.py), ours in fp32, and ours in bf16
 where that makes a difference. They take turns in one process, under the same settings of threads
@@ -286,9 +286,9 @@ def main(argv=None):
     with tqdm(total=turns, disable=None, leave=False) as bar:
         for name in args.rows:
             results["rows"].append(measure(name, device, args.width, args.repeats, bar))
-            if args.out:
-                save_text(args.out, json.dumps(results, indent=1) + "\n")
     print(table(results["rows"]))
+    if args.out:
+        save_text(args.out, json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -207,8 +207,8 @@ def adopt(args, known, source):
         if given is not None and given != known[key]:
             raise UserError(f"--{key} {given}: {source} has --{key} {known[key]}; remove --{key}")
         setattr(args, key, known[key])
-    if args.class_order is None:
-        args.class_order = known["class_order"]
+    args.class_order = args.class_order or known["class_order"]
+    args.class_names = known["class_names"]  # dataset.load() compares them
 
 
 def finalize_args(args, save_dir=None):

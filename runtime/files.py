@@ -1,9 +1,12 @@
 """Files: written atomically, and read without running any code that they may hold."""
 
+import contextlib
+import glob
 import hashlib
 import os
 import pickle
 import secrets
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError, first_line
+
+ABANDONED_SECONDS = 600  # no writer takes so long
 
 # ------------------------------------------------------------------------------ writing
 
@@ -24,7 +29,11 @@ def atomic_write(path, write):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; choose another name")
-    # a name of its own for each writer, so that two of one file do not mix
+    # a name of its own for each writer, so that two of one file do not mix; a killed one's stays
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                part.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,9 +48,9 @@ def atomic_write(path, write):
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        cause = os_error(error)
-        if cause is None:
-            raise
+        cause = first_cause(error)
+        if not isinstance(cause, OSError):
+            raise cause from None
         raise UserError(
             f"{path}: cannot be written ({first_line(cause)}); free some space or choose another "
             f"folder"
@@ -49,12 +58,13 @@ def atomic_write(path, write):
     return checksum
 
 
-def os_error(error):
-    """The OSError that an exception is, or during which it was raised; else None.
+def first_cause(error):
+    """The exception during which a RuntimeError was raised, or the error itself.
 
-    On a full disk torch.save still closes its archive, which raises a RuntimeError in turn.
+    After an error of the disk, or a signal, torch.save still closes its archive, which raises a
+    RuntimeError in turn.
     """
-    while error is not None and not isinstance(error, OSError):
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
         error = error.__context__
     return error
 
@@ -106,9 +116,9 @@ def load_array(path, label=None):
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
         return array
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError):
-            raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
+    except Exception as error:  # a damaged file can raise anything
         reason = first_line(error)
         raise UserError(f"{label}: is not a plain .npy array ({reason}); choose another") from None
 

@@ -24,9 +24,10 @@ from runtime.files import file_checksum, save_text
 # round), or what they name is compared by its content.
 RESUME_IGNORED = {
     "save_dir", "save_data_path", "overwrite", "print_freq", "device", "gpu", "data", "class_order",
-    "weight", "mask", "tensorboard",
+    "class_names", "weight", "mask", "tensorboard",
 }  # fmt: skip
 SAVE_SECONDS = 60  # at most so often progress is saved
+RECORDS = "metrics.csv", "confusion.csv", "log_results.txt", "results.json", "run.json"
 LOG_SECONDS = 30  # without a progress bar, an epoch is printed at most so often
 
 
@@ -51,6 +52,9 @@ class Run:
 
     def __init__(self, script, args, data, model, prefix="", inputs=None):
         self.args, self.data, self.prefix, self.folder = args, data, prefix, Path(args.save_dir)
+        where = os.path.abspath(args.save_data_path)
+        # None: the default, which moves with the run
+        self.data_folder = None if where == os.path.abspath(self.folder / "data") else where
         self.known = describe(args, data)  # what checkpoints say of the run
         self.results = records.new_results(script, args, data, model)
         self.results["images"] = data.fingerprint()
@@ -61,11 +65,9 @@ class Run:
         self.locks = [lock(self.folder, f".{prefix}lock")]
         if not prefix and not args.no_teaching:  # main_train only reads from there
             self.locks.append(lock(Path(args.save_data_path), ".lock"))
-        if args.overwrite:
-            self.remove_files()
         self.journal = self.open_journal(script, inputs or {})
         self.epochs = []  # the rows of metrics.csv
-        if self.journal["stages"]:
+        if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
         self.results["states"] = self.journal["rows"]
         self.start = time.monotonic() - self.journal["seconds"]
@@ -84,30 +86,38 @@ class Run:
         return Path(self.args.save_data_path if slash else self.folder) / file
 
     def open_journal(self, script, inputs):
-        """What run.json holds, or a new journal. Raises UserError if it is of other settings."""
+        """What run.json holds, or a new journal. Raises UserError if it is of other settings.
+
+        With --overwrite it removes what a run of this script has written here, and nothing else.
+        """
         config = {key: value for key, value in vars(self.args).items() if key not in RESUME_IGNORED}
-        where = os.path.abspath(self.args.save_data_path)
-        if where != os.path.abspath(self.folder / "data"):  # the default moves with the run
-            config["save_data_path"] = where
+        config["save_data_path"] = self.data_folder
         inputs = {"--class_order": self.data.order, "--data": self.results["images"]} | inputs
         settings = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
-        if journal := self.read_journal():
-            self.check_settings(journal, settings)
-            journal.pop("finished", None)  # until close(), which may find a file damaged
-            return journal
-        found = [self.path(f"{self.prefix}results.json")]
-        if len(self.locks) > 1:
-            found += Path(self.args.save_data_path).glob("task*_img.npy")
+        was, overwrite, wrote = self.read_journal(), self.args.overwrite, []
+        if was and was["script"] != script:
+            raise UserError(
+                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose another folder"
+            )
+        if was and not overwrite:
+            self.check_settings(was, settings)
+            was.pop("finished", None)  # until close(), which may find a file damaged
+            return was
+        if was:
+            same = was["config"]["save_data_path"] == self.data_folder
+            wrote = [name for name in was["wrote"] if same or "/" not in name]
+        found = [] if overwrite else [self.path(f"{self.prefix}results.json")]
+        if len(self.locks) > 1 and not (overwrite and self.data_folder is None):
+            found += sorted(Path(self.args.save_data_path).glob("task*_img.npy"))
         for path in found:
-            if path.exists() and not self.args.overwrite:
-                raise UserError(
-                    f"{path}: is of another run; choose another folder, or give --overwrite"
-                )
+            if path.exists() and f"data/{path.name}" not in wrote:
+                raise UserError(f"{path}: is of another run; choose another folder")
+        for name in (*wrote, *(self.prefix + name for name in RECORDS)) if overwrite else ():
+            self.path(name).unlink(missing_ok=True)  # run.json last, since it lists the files
         return settings | {"stages": {}, "rows": [], "wrote": [], "seconds": 0.0}
 
     def check_settings(self, was, asked):
         """Raise UserError when the journal is of a run with other settings."""
-        self.check_script(was)
         differing = []
         for key in sorted({*was["config"], *asked["config"]}):
             old, new = (each["config"].get(key) for each in (was, asked))
@@ -123,13 +133,6 @@ class Run:
                 f"those, choose another folder, or start over with --overwrite"
             )
 
-    def check_script(self, journal):
-        if journal["script"] != self.results["script"]:
-            raise UserError(
-                f"--save_dir {self.folder}: holds a run of {journal['script']}.py; choose another "
-                f"folder"
-            )
-
     def read_journal(self):
         """What run.json holds, or None where there is none."""
         path = self.path(f"{self.prefix}run.json")
@@ -143,6 +146,8 @@ class Run:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
         except (ValueError, TypeError):
             pass
+        if self.args.overwrite:  # the files of a damaged one are replaced one by one
+            return None
         raise UserError(
             f"{path}: is damaged; choose another folder, or start over with --overwrite"
         )
@@ -150,25 +155,6 @@ class Run:
     def write_journal(self):
         self.journal["seconds"] = time.monotonic() - self.start
         save_text(self.path(f"{self.prefix}run.json"), json.dumps(self.journal, indent=1))
-
-    def remove_files(self):
-        """Remove what a run of this script has written here, and nothing else."""
-        try:
-            journal = self.read_journal() or {}
-        except UserError:  # a damaged one: its files are replaced one by one
-            journal = {}
-        if journal:
-            self.check_script(journal)
-        records_of_run = "metrics.csv", "confusion.csv", "log_results.txt", "results.json"
-        # the journal last, since it lists the files
-        for name in (*journal.get("wrote", ()), *records_of_run, "run.json"):
-            self.remove(name if name in journal.get("wrote", ()) else self.prefix + name)
-
-    def remove(self, name):
-        """Remove a file of the run, and what a killed process has left of it."""
-        path = self.path(name)
-        for file in (path, *path.parent.glob(f".{path.name}.*.part")):
-            file.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------- files
 
@@ -235,7 +221,7 @@ class Run:
         stages = [stage for stage in self.journal["stages"] if stage.startswith(prefix)]
         for stage in stages:
             for name in self.journal["stages"].pop(stage)["files"]:
-                self.remove(name)
+                self.path(name).unlink(missing_ok=True)
         if stages:
             self.write_journal()
 

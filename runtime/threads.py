@@ -11,15 +11,19 @@ WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def setup_threads():
-    """Settle threads and memory. To be called before torch is imported, whose OpenMP reads these.
+    """Settle threads and memory. Call it before torch is imported: its OpenMP reads these then.
 
-    What the user has set is kept. A quota of a cgroup limits the number of threads; otherwise
-    PyTorch chooses it. Threads spin only shortly for each other, then sleep: a thread that waits
-    for a core otherwise holds up all others (docs/running.md says what that costs and gains).
+    What the user has set is kept. A cgroup's quota limits the number of threads; otherwise PyTorch
+    chooses it. Threads that wait for each other soon sleep instead of spinning, as a spinning one
+    can take the core that the other needs. A step alone takes up to a fifth longer; beside two busy
+    loops it takes 0.67 of the time at width 8 and 0.84 at width 64, on a busy machine far less.
+
     On Linux the C library keeps freed memory for the next step: by default each large activation
     is fresh memory, which the system clears page by page, up to 40 % of a training step.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     if quota_cores() < cores:
         os.environ.setdefault("OMP_NUM_THREADS", str(quota_cores()))
     if not {"OMP_WAIT_POLICY", *WAITING} & os.environ.keys():

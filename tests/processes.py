@@ -1,31 +1,42 @@
 """The scripts as users run them, in separate processes, without importing torch each time.
 
 A server process imports what the scripts import and computes nothing; for each command it forks,
-and the child runs the script as __main__. Run as a program, this file is that server: a line of
-JSON in (argv, cwd, out, err, limit, ranks), two lines out: the child's process id, then its exit
-status (negative: the signal that ended it). With several ranks, as torchrun starts them, there are
-as many children, and each line has a number for each.
+and the child runs the script as __main__. Run as a program, this file is that server: an order
+comes in as a line of JSON, two lines go out: the child's process id, then its exit status.
 """
 
 import json
 import os
+import pickle
 import resource
 import runpy
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
+TINY = (  # four classes of published images of 12x12 pixels
+    "--dataset cifar10 --classifiers 2 --classes_per_classifier 2 --width 4 --batch_size 16 "
+)
 
 
 class Ended(NamedTuple):
-    status: int  # negative: the signal that ended it; with several ranks a list
+    status: int  # negative: the signal that ended it
     out: str
     err: str
+
+    def check_error(self, *fragments):
+        """Check for status 2 and one line on stderr with all fragments; returns the line."""
+        assert self.status == 2 and len(self.err.splitlines()) == 1, self
+        assert all(each in self.err for each in fragments), (fragments, self.err)
+        return self.err
 
 
 class Server:
@@ -33,40 +44,39 @@ class Server:
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).resolve())]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun sets it
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, argv, cwd, limit=None, ranks=1):
-        """Start argv in folder cwd; returns its process id, or those of several ranks.
+    def start(self, argv, cwd, **order):
+        """Start argv in folder cwd; returns its process id.
 
         argv: ['main_TD.py', '--epochs', '1'] or ['-m', 'tools.report', 'run'], for example.
-        limit: the most bytes that a file may have (stands in for a full disk).
+        order: stop, (function, n, signal): the process sends itself this signal in the n-th call;
+        ignored, a signal that is; save_seconds, for runtime.run; limit, the most bytes that a file
+        may have, as on a full disk; out and err, devices for its output, or '' for closed ones;
+        encoding, of both.
         """
         self.texts = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         out, err = (file.name for file in self.texts)
-        order = {"argv": list(map(str, argv)), "cwd": str(cwd), "out": out, "err": err}
-        self.process.stdin.write(json.dumps(order | {"limit": limit, "ranks": ranks}) + "\n")
+        order = {"argv": [*map(str, argv)], "cwd": str(cwd), "out": out, "err": err} | order
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self):
-        numbers = [*map(int, self.process.stdout.readline().split())]
-        return numbers if len(numbers) > 1 else numbers[0]
+        return int(self.process.stdout.readline())
 
     def wait(self):
         """Wait for what was started; returns an Ended."""
-        status, texts = self.answer(), []
+        status, texts = int(self.process.stdout.readline()), []
         for file in self.texts:
             file.seek(0)
             texts.append(file.read())
             file.close()
         return Ended(status, *texts)
 
-    def run(self, argv, cwd, limit=None, ranks=1):
-        """start() and wait()."""
-        self.start(argv, cwd, limit, ranks)
+    def run(self, argv, cwd, **order):
+        """start() and wait(). argv may be a text."""
+        self.start(argv.split() if isinstance(argv, str) else argv, cwd, **order)
         return self.wait()
 
     def close(self):
@@ -74,49 +84,90 @@ class Server:
         self.process.wait()
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+def write_published(folder):
+    """Write the published files of a dataset with few and small images."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+
+    def images(n, c=0):
+        noise = generator.integers(0, 120, (n, 12, 12, 3))
+        return (noise + 13 * c).astype(np.uint8)
+
+    for name, n in {"train": 10, "val": 4, "test": 5, "save_100": 3}.items():
+        content = pickle.dumps({c: images(n, c) for c in range(10)}, 2)
+        (folder / f"cifar10_{name}.pkl").write_bytes(content)
+    pool = {"data": images(30, 5), "label": np.zeros(30)}
+    (folder / "cifar10_80m_150k.pkl").write_bytes(pickle.dumps(pool, 4))
 
 
-def rank_variables(count):
-    """What torchrun sets in the environment of each of its processes."""
-    same = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    same |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    for rank in range(count):
-        variables = {"RANK": rank, "LOCAL_RANK": rank} | same
-        yield {name: str(value) for name, value in variables.items()}
+def tree(folder):
+    """{path: content} of all files in a folder but locks."""
+    paths = sorted(path for path in folder.rglob("*") if not path.name.endswith("lock"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def fork(order, variables):
-    """Start a child that runs an order, with more variables in its environment."""
+# ------------------------------------------------------------------------------ the server
+
+
+def fork(order):
+    """Start a child that carries out an order."""
     child = os.fork()
     if child:
         return child
     status = 0
-    os.environ.update(variables)
     try:
-        run_order(order)
+        prepare(**order)
+        run_script(*order["argv"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)
 
 
-def run_order(order):
-    """In the child: set its output, folder and limit, and run the script."""
-    for descriptor, path in ((1, order["out"]), (2, order["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-    os.chdir(order["cwd"])
-    if order["limit"]:
+def prepare(
+    cwd, out, err, stop=(), ignored=None, save_seconds=60, limit=None, encoding="utf-8", **_
+):
+    """In the child: what Server.start() says."""
+    for descriptor, name, path in ((1, "stdout", out), (2, "stderr", err)):
+        if path:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+            getattr(sys, name).reconfigure(encoding=encoding, errors="strict")
+        else:
+            setattr(sys, name, None)
+            os.close(descriptor)
+    os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if ignored:
+        signal.signal(signal.Signals[ignored], signal.SIG_IGN)
+    if limit:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], hard))
-    script, *flags = order["argv"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    import_module("runtime.run").SAVE_SECONDS = save_seconds
+    if stop:
+        stop_in(*stop)
+
+
+def stop_in(function, number, name):
+    """Send this process a signal in the given call (from 1) of a function, 'module.function'."""
+    module, *path, attribute = function.split(".")
+    owner = import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, attribute), iter(range(1, 10**6))
+
+    def stopping(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.Signals[name])
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, stopping)
+
+
+def run_script(script, *flags):
     if script == "-m":
         module, *flags = flags
         sys.argv = [module, *flags]  # run_module() puts the file in place of the first
@@ -128,22 +179,16 @@ def run_order(order):
 
 def serve():
     sys.path.insert(0, str(ROOT))
-    import runtime.threads  # isort: skip  # noqa: F401  (before torch is loaded)
-    import torch._dynamo  # noqa: F401  (the first optimizer imports it: two seconds)
+    from runtime.threads import setup_threads
 
-    import runtime.run  # noqa: F401
-    import teaching  # noqa: F401
-    import tools.plots  # noqa: F401  (and with these, all that the scripts import)
-
+    setup_threads()
+    import_module("torch._dynamo")  # the first optimizer imports it: two seconds
+    import_module("teaching")  # and with it what the scripts import
     answers, sys.stdin = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     for line in sys.stdin:
-        order = json.loads(line)
-        several = order["ranks"] > 1
-        variables = rank_variables(order["ranks"]) if several else [{}]
-        children = [fork(order, each) for each in variables]
-        print(*children, file=answers, flush=True)
-        ended = [os.waitpid(child, 0)[1] for child in children]
-        print(*map(os.waitstatus_to_exitcode, ended), file=answers, flush=True)
+        child = fork(json.loads(line))
+        print(child, file=answers, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

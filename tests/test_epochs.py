@@ -4,69 +4,42 @@ import sys
 
 import pytest
 
+import teaching
 import trainer
-from runtime import epochs
+from runtime import records
 from runtime.errors import UserError
 from runtime.run import Run
 
 
-def row(step, epoch, loss=1.0):
-    return {"step": step, "epoch": epoch, "lr": 0.1, "loss": loss}
-
-
-@pytest.mark.parametrize(
-    ("before", "new", "expected"),
-    [
-        ([], ("a", 1), [("a", 1)]),
-        ([("a", 1)], ("a", 2), [("a", 1), ("a", 2)]),
-        ([("a", 1)], ("b", 1), [("a", 1), ("b", 1)]),
-        ([("a", 1), ("a", 2), ("a", 3)], ("a", 2), [("a", 1), ("a", 2)]),
-        ([("a", 1), ("a", 2), ("b", 1)], ("a", 1), [("a", 1), ("b", 1)]),
-        ([("a", 1), ("b", 1)], ("a", 2), [("a", 1), ("a", 2), ("b", 1)]),
-    ],
-)
-def test_repeated_epochs_replace_those_of_before(before, new, expected):
-    rows = epochs.replace_epochs([row(*each) for each in before], row(*new, loss=2.0))
-    assert [(each["step"], each["epoch"]) for each in rows] == expected
-    assert [each["loss"] for each in rows].count(2.0) == 1
-
-
-def test_rows_are_read_as_they_were_written(tmp_path):
-    path = tmp_path / "metrics.csv"
-    assert epochs.read_epochs(path) == []
-    rows = [row("task1", 1, 1 / 3) | {"accuracy": 50.0}, row('a,"b', 2, 1e-300)]
-    epochs.save_epochs(path, rows)
-    assert epochs.read_epochs(path) == rows
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: "",
-        lambda text: "junk",
-        lambda text: "x" + text,
-        lambda text: text[:-9],
-        lambda text: text.replace("task1,1", "task1,0"),
-        lambda text: text.replace("task1,1", ",1"),
-        lambda text: text.replace("task1,1", "task1,1" + "0" * 400),
-        lambda text: text.replace("0.1", "nan"),
-        lambda text: text.replace("0.1", "much"),
-        lambda text: text + "\0",
-    ],
-)
-def test_a_damaged_file_is_an_error(tmp_path, damage):
-    path = tmp_path / "metrics.csv"
-    epochs.save_epochs(path, [row("task1", 1)])
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(UserError, match="metrics.csv: is damaged; remove it"):
-        epochs.read_epochs(path)
-
-
-def train(args, data, device="cpu"):
-    model = trainer.make_model(args, device)
+def train(args, data):
+    model = trainer.make_model(args, data.pool.device)
     run = Run("test", args, data, model)
-    trainer.train_task(model, trainer.make_task(data, 1, None), run, "task1")
+    trainer.train_task(model, teaching.build_task(data, args, 1), run, "task1", "task1")
     return run
+
+
+def test_repeated_epochs_replace_those_of_before_and_are_read_as_written(args, data):
+    run = Run("test", args, data, trainer.make_model(args, data.pool.device))
+    run.done("a")
+    for stage, epoch, loss in [("a", 1, 1 / 3), ("b", 1, 0.5), ("a", 2, 2.0), ("a", 2, 1e-300)]:
+        run.record_epoch(stage, {"epoch": epoch, "lr": 0.1, "loss": loss}, images=9)
+    rows = records.read_epochs(run.folder / "metrics.csv")
+    assert rows == run.epochs
+    assert [(row["stage"], row["epoch"], row["loss"]) for row in rows] == [
+        ("a", 1, 1 / 3),
+        ("b", 1, 0.5),
+        ("a", 2, 1e-300),
+    ]
+    run.record_epoch("a", {"epoch": 1, "lr": 0.1, "loss": 4.0}, images=9)
+    assert [(row["stage"], row["epoch"]) for row in run.epochs] == [("b", 1), ("a", 1)]
+
+
+@pytest.mark.parametrize("content", [None, "", "junk\n1\n", "stage,epoch\ntask1,one\n", "a\0b"])
+def test_of_a_damaged_file_the_curves_alone_are_lost(tmp_path, content):
+    path = tmp_path / "metrics.csv"
+    if content is not None:
+        path.write_text(content)
+    assert records.read_epochs(path) == []
 
 
 def test_tensorboard_shows_what_metrics_csv_holds(args, data):
