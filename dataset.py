@@ -150,12 +150,13 @@ def infinite_batches(tensors, size, data, seed, *purpose, augmented=True):
 # ------------------------------------------------------------------------------ loading
 
 
-def load(args, device, pool=True, splits=SPLITS):
+def load(args, device, pool=True, splits=SPLITS, known=None):
     """The dataset of args.dataset and args.data on `device`, see class_order(). Raises UserError.
 
     One that is downloaded to data/<dataset> is prepared first if it is missing. splits: those that
     are needed; pool: whether the unlabeled images are (with --no_teaching they never are). Nothing
-    else is read, and the other splits are empty.
+    else is read, and the other splits are empty. known: the `args` in a checkpoint, which must have
+    learned the same classes in the same order.
     """
     spec, folder = DATASETS[args.dataset], set_folder(args)
     if not spec.embedded and not holds_set(args.dataset, folder):
@@ -165,7 +166,7 @@ def load(args, device, pool=True, splits=SPLITS):
     pool = pool and not getattr(args, "no_teaching", False)
     arrays, unlabeled, meta = read_set(args.dataset, folder, pool, splits)
     tasks, classes, names = args.classifiers, args.classes_per_classifier, meta["names"]
-    order = class_order(args, names, len(names) or spec.classes)[: tasks * classes]
+    order = class_order(args, names, len(names) or spec.classes, known)[: tasks * classes]
     shape = check_arrays(folder, arrays, unlabeled, order)
     on_device = {split: {} for split in SPLITS}
     for split in splits:  # free the arrays of a split once it is on the device

@@ -31,6 +31,8 @@ def resolve_tasks(args, total=None):
     """
     args.dataset = args.dataset or "cifar10"
     spec = DATASETS[args.dataset]
+    if spec.embedded and args.data:
+        raise UserError(f"--data {args.data}: {args.dataset} is embedded; remove --data")
     total = total or len(read_meta(set_folder(args)).get("names") or ()) or spec.classes
     if not total:
         raise not_prepared(args)
@@ -44,20 +46,20 @@ def resolve_tasks(args, total=None):
     tasks = tasks or max(1, total // classes)
     classes = classes or max(1, total // tasks)
     args.classifiers, args.classes_per_classifier = tasks, classes
-    known = getattr(args, "class_names", None)  # of a checkpoint: class_order() compares them
-    if tasks * classes > total or (tasks * classes < total and not spec.classes and not known):
+    learned = isinstance(args.class_order, list)  # by a checkpoint: class_order() compares them
+    if tasks * classes > total or (tasks * classes < total and not spec.classes and not learned):
         raise UserError(
             f"--classifiers {tasks} x --classes_per_classifier {classes} = {tasks * classes}, but "
             f"{args.dataset} has {total} classes; choose other numbers"
         )
 
 
-def class_order(args, names, total):
+def class_order(args, names, total, known=None):
     """The ids of classes, int, in the order in which they come, at least those of all tasks.
 
-    args.class_order: None, as typed, or the list of ids in a checkpoint; args.class_names: its
-    names in that order, if it has any. names: {id: name}, {} if unknown; total: number of classes.
-    Raises UserError, also if the checkpoint learned other classes.
+    args.class_order: None, as typed, or a list of ids. names: {id: name}, {} if unknown; total:
+    number of classes. known: the `args` in a checkpoint. Raises UserError, also if the checkpoint
+    has learned other classes or another order.
     """
     order, published = args.class_order or "published", DATASETS[args.dataset].order
     if order == "published" and not published:
@@ -75,11 +77,13 @@ def class_order(args, names, total):
         ids = read_order(order, names, total)
     if len(ids) < needed or len({*ids} & {*range(total)}) < len(ids):
         raise UserError(f"--class_order {order}: expected {needed} different ids below {total}")
-    for c, learned in zip(ids[:needed], getattr(args, "class_names", None) or ()):
-        if names and normalize_name(names[c]) != normalize_name(learned):
+    if known and ids[:needed] != known["class_order"][:needed]:
+        raise UserError(f"--class_order {order}: the checkpoint has another order; remove the flag")
+    for c, learned in zip(ids[:needed], known["class_names"] if known else ()):
+        if names and normalize_name(names[c]) != normalize_name(learned) and learned != str(c):
             raise UserError(
-                f"--data {set_folder(args)}: class {c} is {names[c]!r}, where the checkpoint "
-                f"learned {learned!r}; choose the dataset that it was trained on"
+                f"--data {set_folder(args)}: class {c} is {names[c]!r}, where the checkpoint has "
+                f"{learned!r}; choose the dataset that it was trained on"
             )
     return ids
 

@@ -59,10 +59,8 @@ def read_header(path):
     """The header of a packed file, a dict. Raises UserError for a damaged or foreign file."""
     with reported(path), np.load(path, allow_pickle=False) as arrays:
         header = json.loads(arrays["header"].tobytes())
-        if header["format"] != FORMAT:
-            raise ValueError("its header names another format")
-        if header["version"] != VERSION:
-            raise ValueError(f"it has version {header['version']}, expected {VERSION}")
+        if (found := (header["format"], header["version"])) != (FORMAT, VERSION):
+            raise ValueError(f"its format is {found}, expected {(FORMAT, VERSION)}")
         return header
 
 

@@ -128,7 +128,9 @@ def fork(order):
     os._exit(status)
 
 
-def prepare(cwd, out, err, stop=(), ignored=None, save_seconds=60, limit=None, encoding="utf-8", **_):
+def prepare(
+    cwd, out, err, stop=(), ignored=None, save_seconds=60, limit=None, encoding="utf-8", **_
+):
     """In the child: what Server.start() says."""
     for descriptor, name, path in ((1, "stdout", out), (2, "stderr", err)):
         if path:

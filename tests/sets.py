@@ -66,9 +66,9 @@ def parse(*argv, **more):
     return args
 
 
-def load(*argv, pool=True, splits=SPLITS, **more):
+def load(*argv, pool=True, splits=SPLITS, known=None, **more):
     """The dataset as a script loads it; more: other attributes of its args."""
-    return dataset.load(parse(*argv, **more), torch.device("cpu"), pool, splits)
+    return dataset.load(parse(*argv, **more), torch.device("cpu"), pool, splits, known)
 
 
 def stored(folder):

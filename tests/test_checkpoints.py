@@ -33,43 +33,12 @@ from runtime.process import Interrupted
 # ------------------------------------------------------------------------------ published form
 
 
-def published_model(width=4, classes=2, tasks=3, pruned=True):
-    """The published network's parts under their names, masked by torch; without a forward()."""
-
-    def part(**children):
-        made = nn.Module()
-        for name, child in children.items():
-            made.add_module(name, child)
-        return made
-
-    def conv(inputs, outputs, side=3):
-        return nn.Conv2d(inputs, outputs, side, bias=False)
-
-    def block(inputs, outputs):
-        made = part(
-            bn1=nn.BatchNorm2d(inputs),
-            conv1=conv(inputs, outputs),
-            bn2=nn.BatchNorm2d(outputs),
-            conv2=conv(outputs, outputs),
-        )
-        if inputs != outputs:
-            made.add_module("shortcut", nn.Sequential(conv(inputs, outputs, 1)))
-        return made
-
-    def heads():
-        return nn.ModuleList(nn.Linear(8 * width, classes) for _ in range(tasks))
-
-    sizes = [width, width, 2 * width, 4 * width, 8 * width]
-    layers = {
-        f"layer{i}": nn.Sequential(block(sizes[i - 1], sizes[i]), block(sizes[i], sizes[i]))
-        for i in (1, 2, 3, 4)
-    }
-    model = part(conv1=conv(3, width), **layers, linear_main=heads(), linear=heads())
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.running_mean.normal_()
-        norm.num_batches_tracked.fill_(5)
+def network(pruned):
+    """A network whose parameters have the published names (test_model.py)."""
+    torch.manual_seed(0)
+    model = ResNet18(2, 3, width=4)
     if pruned:
-        convs = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
+        convs = [(conv, "weight") for conv in pruning_utils.convolutions(model).values()]
         torch_prune.global_unstructured(convs, torch_prune.L1Unstructured, amount=0.6)
     return model
 
@@ -79,13 +48,8 @@ def published_checkpoint(model):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     sum(p.square().sum() for p in model.parameters()).backward()
     optimizer.step()
-    accuracy = torch.tensor(97.5)
-    return {
-        "epoch": 3,
-        "state_dict": model.state_dict(),
-        "best_prec1": accuracy,
-        "optimizer": optimizer,
-    }
+    content = {"epoch": 3, "state_dict": model.state_dict(), "best_prec1": torch.tensor(97.5)}
+    return content | {"optimizer": optimizer}
 
 
 def same(a, b):
@@ -101,8 +65,7 @@ zip_or_legacy = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "le
 @zip_or_legacy
 @pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "dense"])
 def test_published_checkpoints_load(tmp_path, zipped, pruned):
-    torch.manual_seed(0)
-    published = published_model(pruned=pruned)
+    published = network(pruned)
     content, path = published_checkpoint(published), tmp_path / "published.pt"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError):
@@ -116,10 +79,8 @@ def test_published_checkpoints_load(tmp_path, zipped, pruned):
     pruning_utils.load_state(model, state)
     assert same(model.state_dict(), published.state_dict())
     pruning_utils.load_state(model, state, masks={})  # as main_train does: all weights
-    for name, conv in published.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            weight = conv.weight_orig if pruned else conv.weight
-            assert torch.equal(model.get_submodule(name).weight, weight)
+    for name, weight in pruning_utils.weights(published).items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
 
 
 @zip_or_legacy
@@ -132,7 +93,7 @@ def test_checkpoints_of_old_versions_and_of_a_gpu_load(tmp_path, monkeypatch, zi
     Required.__module__, Required.__qualname__ = "torch.optim.optimizer", "_RequiredParameter"
     module = importlib.import_module(Required.__module__)
     monkeypatch.setattr(module, "_RequiredParameter", Required, raising=False)
-    content, path = published_checkpoint(published_model()), tmp_path / "old.pt"
+    content, path = published_checkpoint(network(pruned=True)), tmp_path / "old.pt"
     content["optimizer"].defaults["lr"] = Required()
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
@@ -180,13 +141,8 @@ def test_weights_of_half_precision_and_masks_of_parameters_load(tmp_path):
     pruning_utils.apply_mask(model, found)
 
 
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "dense"])
-def test_our_checkpoints_have_the_published_form_and_load_without_code(tmp_path, args, pruned):
-    model = trainer.make_model(args, torch.device("cpu"))
-    if pruned:
-        masks = pruning_utils.masks_of(model)
-        scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
-        pruning_utils.apply_mask(model, pruning_utils.prune(scores, masks, 0.7))
+def test_our_checkpoints_load_with_torch_alone(tmp_path, args):
+    model = network(pruned=True)
     optimizer = trainer.make_optimizer(model, args, 0.01)
     model(torch.randn(4, 3, 8, 8), 2, main_fc=False).square().sum().backward()
     optimizer.step()
@@ -194,8 +150,7 @@ def test_our_checkpoints_have_the_published_form_and_load_without_code(tmp_path,
     save_checkpoint(path, trainer.make_checkpoint(model, optimizer, 7, 61.5))
     content = torch.load(path, weights_only=True)
     assert content.keys() == {"epoch", "state_dict", "best_prec1", "optimizer"}
-    # as published: a plain model, masked before it loads
-    plain = published_model(pruned=pruned)
+    plain = network(pruned=True)
     plain.load_state_dict(content["state_dict"], strict=True)
     assert same(plain.state_dict(), model.state_dict())
     torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9).load_state_dict(content["optimizer"])

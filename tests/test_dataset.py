@@ -1,4 +1,4 @@
-"""dataset.py: the digits, Data, batches, tasks, class orders, loading some splits, what it shows."""
+"""dataset.py: the digits, Data, batches, tasks, class orders, loading, what it shows."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from sets import (
-    FILES,
     SPLITS,
     bag,
     check_error,
@@ -239,21 +238,25 @@ def test_bad_orders(order):
 
 
 def test_a_checkpoint_of_other_classes_is_refused():
-    """Its class_names, in its order, must be the dataset's: else labels would mean other things."""
+    """Its names in its order must be the dataset's: else labels would mean other things."""
+    call = ["--dataset", "folder", "--source", "mine", "--data"]
     write_folder(("apple", "bear", "cat", "dog"))
-    dataset.main("--dataset folder --source mine --data one".split())
-    Path("mine/train/apple").rename("mine/train/zebra")
-    Path("mine/test/apple").rename("mine/test/zebra")
-    dataset.main("--dataset folder --source mine --data two".split())
+    dataset.main([*call, "one"])
+    for split in ("train", "test"):
+        Path("mine", split, "apple").rename(f"mine/{split}/zebra")
+    dataset.main([*call, "two"])
     known = {"class_order": [2, 0, 3, 1], "class_names": ["cat", "apple", "dog", "bear"]}
-    for folder, order in (("one", [2, 0, 3, 1]), ("two", None)):
-        args = parse("--dataset", "folder", "--data", folder, "--classifiers", "2")
-        args.no_teaching, args.class_order, args.class_names = True, *known.values()
-        if order:
-            assert dataset.load(args, torch.device("cpu")).order == order
-        else:
-            line = "class 2 is 'dog', where the checkpoint learned 'cat'"
-            check_error(lambda args=args: dataset.load(args, torch.device("cpu")), "two", line)
+
+    def of(folder, order, **changes):
+        args = parse(*call[:2], "--data", folder)
+        args.no_teaching, args.class_order = True, order
+        return dataset.load(args, torch.device("cpu"), known=known | changes).order
+
+    assert of("one", [2, 0, 3, 1]) == [2, 0, 3, 1]
+    assert of("two", [2, 0, 3, 1], class_names=["2", "0", "3", "1"]) == [2, 0, 3, 1]  # unknown then
+    line = "class 2 is 'dog', where the checkpoint has 'cat'"
+    check_error(lambda: of("two", [2, 0, 3, 1]), "--data two", line)
+    check_error(lambda: of("one", "sorted"), "--class_order sorted")
 
 
 # ------------------------------------------------------------------------------ some splits
@@ -290,7 +293,7 @@ def test_only_what_is_needed_is_read(folder):
 
 def test_the_picture_has_a_row_for_each_task(data):
     """Six classes of different brightness, 16 pixels drawn as 64."""
-    data.names = {c: "\N{CJK UNIFIED IDEOGRAPH-72D7}\udce9" for c in range(6)}  # no Latin, no text
+    data.names = dict.fromkeys(range(6), "\N{CJK UNIFIED IDEOGRAPH-72D7}\udce9")
     drawn = np.asarray(preview.draw(data)).astype(float)
     for i, c in enumerate(data.order):
         top, left = 4 + (i // 2) * 84 + 16, 70 + (i % 2) * (8 * 64 + 12)

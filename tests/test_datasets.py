@@ -77,16 +77,18 @@ def as_archives():
 
 @pytest.mark.parametrize("form", [lambda: "raw", lambda: "raw/cifar-10-batches-py", as_archives])
 def test_a_prepared_dataset_is_split_9_to_1(form):
-    official, pool = write_cifar()
+    official, pool = write_cifar(train=120)
     data = dataset.main(["--data", "set", "--raw", form()])
     splits, stored_pool = stored("set")
     for c in range(10):
         own = [splits[split][c] for split in FILES]
-        assert [len(images) for images in own] == [18, 2, 10, 18]
-        assert {(images.dtype, images.shape[1:]) for images in own} == {(np.uint8, (32, 32, 3))}
+        assert [len(images) for images in own] == [108, 12, 10, 100]
+        assert {(images.dtype, images.shape[1:]) for images in own} == {
+            (np.dtype(np.uint8), (32, 32, 3))
+        }
         assert bag(own[0], own[1]) == bag(official["train"][c])
         assert np.array_equal(own[2], official["test"][c])
-        assert bag(own[3]) <= bag(own[0])
+        assert bag(own[3]) <= bag(own[0]) and bag(own[3]) != bag(own[0][:100])
         assert all(np.array_equal(getattr(data, s)[c], i) for s, i in zip(SPLITS, own))
     assert np.array_equal(stored_pool, pool)
     meta, files = read_meta(), [f"cifar10_{split}.npz" for split in FILES]
@@ -126,15 +128,6 @@ def test_a_smaller_dataset(capsys):
     check_error(lambda: dataset.main([*CIFAR, "--per_class", "12"]), "--per_class 12", "with 10")
 
 
-def test_exemplars_are_100_of_train():
-    write_cifar(train=120, tests=1)
-    dataset.main(CIFAR)
-    splits, _ = stored("set")
-    assert [len(splits[split][0]) for split in FILES] == [108, 12, 1, 100]
-    assert bag(splits["save_100"][0]) <= bag(splits["train"][0])
-    assert bag(splits["save_100"][0]) != bag(splits["train"][0][:100])
-
-
 def test_test_images_that_are_also_training_images_are_counted(capsys):
     official, _ = write_cifar()
     batch = Path("raw/cifar-10-batches-py/test_batch")
@@ -148,7 +141,7 @@ def test_test_images_that_are_also_training_images_are_counted(capsys):
 
 def put_batch(**changes):
     path = Path("raw/cifar-10-batches-py/data_batch_2")
-    content = {"data": np.zeros((3, 3072), np.uint8), "labels": [1, 2, 3]} | changes
+    content = pickle.loads(path.read_bytes()) | changes
     path.write_bytes(pickle.dumps(content))
 
 
@@ -162,9 +155,9 @@ BAD_CIFAR = {
     "no CIFAR": (lambda: shutil.rmtree("raw/cifar-10-batches-py"), "cifar-10-python.tar.gz"),
     "no pool": (lambda: shutil.rmtree("raw/cifar-100-python"), "--unlabeled"),
     "hostile": (lambda: put_batch(data=Hostile()), "data_batch_2"),
-    "floats": (lambda: put_batch(data=np.zeros((3, 3072))), "uint8"),
+    "floats": (lambda: put_batch(data=np.zeros((40, 3072))), "uint8"),
     "no data": (lambda: put_batch(data=None), "as published"),
-    "fewer labels": (lambda: put_batch(labels=[1, 2]), "199 labels"),
+    "fewer labels": (lambda: put_batch(labels=39 * [1]), "199 labels"),
     "batch missing": (lambda: os.unlink("raw/cifar-10-batches-py/test_batch"), "test_batch"),
     "archive cut": (lambda: (as_archives(), os.truncate("raw/cifar-10-python.tar.gz", 9000)),
                     "unpacked"),
@@ -250,7 +243,7 @@ def test_tiny_imagenet_is_read_from_the_archive_or_its_folder(raw):
 
 
 BAD_TINY = {
-    "no annotations": ({"val/val_annotations.txt": None}, "val_annotations.txt"),
+    "no annotations": ({"val/val_annotations.txt": None}, "tiny"),
     "no text": ({"val/val_annotations.txt": b"\xff\xfe"}, "val_annotations.txt"),
     "an image missing": ({"val/images/val_11.JPEG": None}, "val/images/val_11.JPEG"),
     "no class has tests": ({"val/val_annotations.txt": b"\n"}, "test image"),
@@ -321,9 +314,9 @@ def test_links_and_subfolders_are_followed_and_the_rest_is_counted(capsys):
     assert [len(data.train[c]) + len(data.val[c]) for c in range(3)] == [17, 16, 16]
     assert len(data.pool) == 3
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    for kind in ("1 .HEIC (mine/train/a/y.HEIC)", "1 dangling links (mine/train/a/gone.png)",
-                 "1 in val (mine/val/a/0.png)", "1 without suffix (mine/train/b/no_suffix)"):  # fmt: skip
-        assert kind in line
+    kinds = ["1 .HEIC (mine/train/a/y.HEIC)", "1 dangling links (mine/train/a/gone.png)"]
+    kinds += ["1 in val (mine/val/a/0.png)", "1 without suffix (mine/train/b/no_suffix)"]
+    assert all(kind in line for kind in kinds)
 
 
 def test_without_test_images_a_fifth_is_held_out(capsys):
@@ -345,28 +338,30 @@ def flat(split):
     write_tree({f"{split}/1.png": encode(noise(1))}, "mine")
 
 
+def empty(name, left=0):
+    for path in sorted(Path("mine", name).iterdir())[left:]:
+        path.unlink()
+
+
 def broken(content):
     return lambda: Path("mine/train/c d/5.PNG").write_bytes(content)
 
 
 BAD_FOLDERS = {
-    "no images in a class": (lambda: [p.unlink() for p in Path("mine/train/a").iterdir()], "", "mine/train/a"),
+    "class without images": (lambda: empty("train/a"), "", "mine/train/a"),
     "class without tests": (removed("test/e"), "", "mine/test/e"),
     "class of tests alone": (removed("train/e"), "--classifiers 1", "'e'"),
     "no train": (removed("train"), "", "mine/train"),
     "flat train": (lambda: flat("train"), "", "a folder of images for each class"),
     "flat test": (lambda: flat("test"), "", "into such folders"),
-    "few images": (lambda: [os.unlink(f"mine/train/b/{i}.gif") for i in (4, 9, 14)]
-                   + [os.unlink(f"mine/train/b/{i}.png") for i in (0, 5, 10, 15)], "", "class b has 9"),
-    "nothing": (lambda: shutil.rmtree("mine"), "", "--source mine"),
+    "few images": (lambda: empty("train/b", 9), "", "class b has 9"),
     "tasks that do not divide": (None, "--classifiers 3", "--classifiers 3"),
-    "fewer than all": (None, "--classifiers 1 --classes_per_classifier 2", "4 classes"),
     "another size": (None, "--image_size 20", "--image_size"),
     "an empty image": (broken(b""), "", "mine/train/c d/5.PNG"),
     "no image": (broken(b"text"), "", "mine/train/c d/5.PNG"),
     "an image cut": (broken(encode(noise(1), "JPEG")[:400]), "", "mine/train/c d/5.PNG"),
     "floats": (broken(encode(noise(1, mode="L").convert("F"), "TIFF")), "", "mine/train/c d/5.PNG"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage, flags, word", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
@@ -414,25 +409,16 @@ def test_a_folder_without_a_pool_is_for_no_teaching(capsys):
 # ------------------------------------------------------------------------------ image files
 
 
-def lying_down(**options):
-    """A JPEG that is stored lying on its side: upright, its upper half is white."""
-    image = np.zeros((64, 64, 3), np.uint8)
+def lying_down(odd=False):
+    """A JPEG that is stored lying on its side: upright, its upper half is white.
+
+    odd: with a second tag of an unknown type, which Pillow cannot write again.
+    """
+    image, exif = np.zeros((64, 64, 3), np.uint8), Image.Exif()
     image[:, :32] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = encode(Image.fromarray(image), "JPEG", exif=exif, quality=95)
-    return content.replace(*options["change"]) if options else content
-
-
-def odd_tags():
-    """The same with a second tag that Pillow cannot write again: no text, though its type says so."""
-    exif = Image.Exif()
     exif[0x0112], exif[0x9286] = 6, b"x"
-    raw = exif.tobytes()
-    entry = raw.index(b"\x92\x86") if b"\x92\x86" in raw else raw.index(b"\x86\x92")
-    raw = raw[: entry + 2] + b"\xff\xff" + raw[entry + 4 :]  # an unknown type
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[:, :32] = 255
+    raw, entry = exif.tobytes(), exif.tobytes().index(b"\x92\x86") + 2
+    raw = raw[:entry] + b"\xff\xff" + raw[entry + 2 :] if odd else raw
     return encode(Image.fromarray(image), "JPEG", exif=raw, quality=95)
 
 
@@ -454,10 +440,12 @@ def wide():
 def with_text():
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * 2_000_000, zip=True)
-    return encode(Image.open(__import__("io").BytesIO(wide())), pnginfo=info)
+    return encode(Image.fromarray(pixels(wide())), pnginfo=info)
 
 
-@pytest.mark.parametrize("make", [lying_down, odd_tags, palette, wide, with_text])
+@pytest.mark.parametrize(
+    "make", [lying_down, lambda: lying_down(odd=True), palette, wide, with_text]
+)
 def test_the_upper_half_is_white(make):
     """Upright by EXIF, transparent as white, the center square, with long or odd metadata."""
     Path("x.png").write_bytes(make())
@@ -547,8 +535,7 @@ BAD_POOL_FILES = {
 def test_a_bad_pool(name, make):
     write_cifar()
     make()
-    line = check_rejected(lambda: dataset.main([*POOL, name]), name)
-    assert "allow_pickle" not in line
+    check_rejected(lambda: dataset.main([*POOL, name]), name)
 
 
 def test_a_compressed_pool_has_a_size_limit(monkeypatch):
@@ -589,14 +576,14 @@ def test_an_unfinished_preparation_is_no_dataset(monkeypatch, step, error):
     """Nor does it hinder the next one, which leaves nothing of it."""
     write_cifar()
     dataset.main(["--data", "whole", "--raw", "raw"])
-    save = getattr(np, step.partition(".")[2], None)
+    real, calls = np.savez, []
 
     def die(*args, **options):
-        if save and len(calls := [*calls_before, 1]) < 2:
-            return save(*args, **options)
+        if step == "numpy.savez" and len(calls) < 2:  # it dies at the third file
+            calls.append(real(*args, **options))
+            return
         raise error
 
-    calls_before = []
     with monkeypatch.context() as patch:
         patch.setattr(step, die)
         if isinstance(error, OSError):
@@ -719,7 +706,7 @@ DAMAGES = {
         lambda: np.save("set/cifar10_pool.npy", random_images(4, 4, 16)),
         "[16",
     ),
-    "a class missing": (put_val({c: SPLIT[c] for c in range(9)}), "class 2"),
+    "a class missing": (put_val({c: SPLIT[c] for c in range(9)}), "class 9"),
     "a class of floats": (put_val(SPLIT | {3: SPLIT[3] / 255}), "class 3"),
     "a class of objects": (put_val(SPLIT | {3: np.array([None])}), "cifar10_val.npz"),
     "a class that is a word": (put_val(SPLIT | {"cat": SPLIT[3]}), "cifar10_val.npz"),

@@ -19,7 +19,6 @@ import torch
 
 import pruning_utils
 from models import ResNet18
-from runtime import checkpoint
 
 TEST = f"test.py {processes.TINY} --data published --pretrained weight.pt"
 TRAIN = (
@@ -276,16 +275,3 @@ def test_a_file_that_is_not_there_is_named(scripts, intact, tmp_path):
             (folder / name).rename(folder / "moved")
             scripts.run(command.replace(" run", " new"), folder).check_error(os.path.basename(name))
             (folder / "moved").rename(folder / name)
-
-
-def test_only_tensors_plain_values_and_published_names_are_unpickled():
-    names = {name for _, name in checkpoint.PUBLISHED_NAMES}
-    assert names == {
-        "torch.optim.sgd.SGD",
-        "torch.optim.optimizer._RequiredParameter",
-        "collections.defaultdict",
-        "builtins.dict",
-        "numpy.dtype",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-    }

@@ -180,8 +180,8 @@ BAD = {
     "no header": (lambda: rewrite(header=None), "header"),
     "no JSON": (lambda: rewrite(header=np.frombuffer(b"{", np.uint8)), "not an intact packed"),
     "list": (lambda: rewrite(header=np.frombuffer(b"[]", np.uint8)), "not an intact packed"),
-    "foreign": (lambda: header(format="other"), "names another format"),
-    "version 1": (lambda: header(version=1), "it has version 1, expected 2"),
+    "foreign": (lambda: header(format="other"), "its format is ('other', 2), expected"),
+    "version 1": (lambda: header(version=1), "its format is ('lifelong-tickets', 1), expected"),
     "no args": (lambda: header(args={}), "not an intact packed file"),
     "another arch": (lambda: header(args=ARGS | {"arch": "vgg"}), "vgg"),
     "another width": (lambda: header(args=ARGS | {"width": 8}), "conv1.weight_mask is uint8 [14]"),
@@ -317,16 +317,16 @@ def test_classify(ticket, capsys):
     for number, image in enumerate(images.numpy()):
         Image.fromarray(image).save(f"{number}.png")
     Image.fromarray(np.pad(images[0].numpy(), ((0, 0), (8, 8), (0, 0)))).save("wide.bmp")
-    shares = run("classify --pretrained ticket.npz wide.bmp 0.png 1.png 2.png")
+    shares = run("classify --pretrained ticket.npz --top 4 wide.bmp 0.png 1.png 2.png")
     lines = capsys.readouterr().out.splitlines()
     expected = logits(ticket, images).softmax(1)
     torch.testing.assert_close(shares[1:], expected)
     torch.testing.assert_close(shares[0], expected[0])  # the center square of the wide one
-    assert lines[0].split() == ["image", "class", "2nd", "3rd"]
+    assert lines[0].split() == ["image", "class", "2nd", "3rd", "4th"]
     names = ["four", "two", "seven", "six"]
     for line, picture, row in zip(lines[1:], ["wide.bmp", "0.png", "1.png", "2.png"], shares):
-        best = row.argmax()
-        assert line.split()[:3] == [picture, names[best], f"{100 * row[best]:.1f}"]
+        cells = [f"{names[i]} {100 * row[i]:.1f} %" for i in row.argsort(descending=True)]
+        assert re.split(r"  +", line) == [picture, *cells]
     assert torch.equal(run("classify --pretrained ticket.pt 0.png"), shares[1:2])
     first = run("classify --pretrained ticket.npz --state 1 --top 9 0.png")
     torch.testing.assert_close(first, logits(ticket, images[:1], 1).softmax(1))
