@@ -13,12 +13,14 @@ from runtime.threads import setup_threads
 
 setup_threads()  # before PyTorch is loaded
 
+import torch
+
 import dataset
 import pruning_utils
 import teaching
 import trainer
 import utils
-from models import BACKBONES
+from models import BACKBONES, build_model
 from runtime import args as flags
 from runtime.errors import UserError
 from runtime.process import run_script
@@ -57,11 +59,14 @@ def parse(argv):
             f"--prune_scheduler: expected {tasks} numbers, one for each task, got "
             f"{len(args.prune_scheduler)}"
         )
+    check_schedule(args)
     return args
 
 
-def check_schedule(model, args):
+def check_schedule(args):
     """Raise UserError if the curriculum leaves no weight."""
+    with torch.device("meta"):  # no memory
+        model = build_model(args)
     left = sum(p.numel() for p in model.parameters() if p.dim() == 4)  # of convolutions
     for t, prunings in enumerate(args.prune_scheduler, 1):
         for _ in range(prunings):
@@ -121,7 +126,6 @@ def make_ticket(model, task, run, last, best):
 def main(argv=None):
     args = parse(argv)
     model, run = trainer.start_run("main_TD", args)
-    check_schedule(model, args)
     data, tasks = run.data, args.classifiers
 
     task = teaching.build_task(data, args, 1)

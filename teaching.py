@@ -21,6 +21,7 @@ from runtime.files import load_array, save_array
 from trainer import Task, extract_features
 
 DISTANCES_AT_ONCE = 2**24  # 128 MiB of float64
+ROUNDING = 1e-12  # of a product of features, relative to their squares: more than it can be
 
 
 @torch.no_grad()
@@ -41,13 +42,18 @@ def query(exemplars, pool, num):
     with tqdm(desc="query", total=len(exemplars), disable=None, leave=False) as bar:
         for block in exemplars.split(block_size):
             # |e-p|^2 less |e|^2, which is the same for all p
-            for distances in torch.addmm(squares, block, pool.T, alpha=-2):
+            for exemplar, distances in zip(block, torch.addmm(squares, block, pool.T, alpha=-2)):
                 wanted = min(num, len(selected) - done)
                 if not wanted:
                     return selected
                 distances.masked_fill_(taken, torch.inf)
-                near = (distances <= utils.kth_smallest(distances, wanted)).nonzero().squeeze(1)
-                nearest = near[distances[near].sort(stable=True).indices[:wanted]]
+                # Those that rounding cannot tell from the nearest are compared by differences,
+                # which are the same for equal images: their products may not be.
+                margin = ROUNDING * (exemplar.square().sum() + squares.max())
+                limit = utils.kth_smallest(distances, wanted) + margin
+                near = (distances <= limit).nonzero().squeeze(1)
+                exact = (pool[near] - exemplar).square().sum(1)
+                nearest = near[exact.sort(stable=True).indices[:wanted]]
                 taken[nearest] = True
                 selected[done : done + wanted] = nearest
                 done += wanted

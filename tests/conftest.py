@@ -1,6 +1,10 @@
-"""What the tests share: the device, a tiny data set in memory, the arguments of a tiny run."""
+"""What the tests share: the device, a tiny dataset in memory, the arguments of a tiny run."""
 
-import runtime.threads  # isort: skip  # noqa: F401  (OpenMP reads its settings with torch)
+# ruff: noqa: E402
+
+from runtime.threads import setup_threads  # isort: skip
+
+setup_threads()  # before PyTorch is loaded
 
 import os
 from argparse import Namespace
@@ -12,16 +16,15 @@ import torch
 from dataset import Data
 from datasets import prepare
 from models import build_model
-from runtime.device import pick_device
+from runtime.args import pick_device
 from runtime.run import Run
+
+SLOWEST = ("test_resume", "test_scripts", "test_benchmarks")
 
 
 def pytest_addoption(parser):
     message = "device of the tests marked device: cpu (default) or cuda; mps has no float64"
     parser.addoption("--device", default="cpu", metavar="NAME", help=message)
-
-
-SLOWEST = ("test_resume", "test_scripts", "test_gpu", "test_benchmarks")
 
 
 def pytest_collection_modifyitems(items):
@@ -33,21 +36,18 @@ def pytest_collection_modifyitems(items):
 def device(request):
     """The torch.device of --device in tests marked for it, in all others the CPU."""
     marked = request.node.get_closest_marker("device")
-    # for the fixture `deterministic`: cuBLAS reads it once, before the first product
+    # cuBLAS reads it once, before the first product
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return device_of(request.config.getoption("--device") if marked else "cpu")
+    name = request.config.getoption("--device") if marked else "cpu"
+    return pick_device(Namespace(device=name, gpu=None, deterministic=False))
 
 
 @pytest.fixture
 def deterministic(device):
     """The same bits every time, as with --deterministic (a CPU gives them anyway)."""
-    device_of(str(device), deterministic=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def device_of(name, deterministic=False):
-    return pick_device(Namespace(device=name, gpu=None, deterministic=deterministic))
 
 
 @pytest.fixture
@@ -58,6 +58,7 @@ def args(tmp_path, device):
         data=None,
         classifiers=3,
         classes_per_classifier=2,
+        class_order=None,
         unlabel_num=3,
         no_teaching=False,
         save_dir=str(tmp_path / "run"),
@@ -80,7 +81,6 @@ def args(tmp_path, device):
         gpu=None,
         deterministic=False,
         criterion="magnitude",
-        checkpoint_seconds=60,
         overwrite=False,
         tensorboard=False,
     )
@@ -91,19 +91,19 @@ def data(device):
     """Six classes of random 16x16 images; those of class c are about 40*c bright."""
     generator = torch.Generator().manual_seed(0)
 
-    def part(per_class):
+    def split(per_class):
         noise = {c: torch.rand(per_class + c, 16, 16, 3, generator=generator) for c in range(6)}
         return {c: (40 * c + 50 * x).to(device, torch.uint8) for c, x in noise.items()}
 
-    train = part(11)
+    train = split(11)
     return Data(
         source="test",
         classifiers=3,
         classes_per_classifier=2,
         order=[3, 1, 5, 0, 2, 4],
         train=train,
-        val=part(4),
-        test=part(5),
+        val=split(4),
+        test=split(5),
         exemplars={c: images[:4] for c, images in train.items()},
         pool=(255 * torch.rand(60, 16, 16, 3, generator=generator)).to(device, torch.uint8),
         mean=torch.full((3, 1, 1), 0.5, device=device),
@@ -115,9 +115,9 @@ def data(device):
 @pytest.fixture
 def few_digits(monkeypatch):
     """The embedded digits, but 12 training images per class."""
-    parts, pool, meta = prepare.read_embedded("digits")
+    splits, pool, meta = prepare.read_embedded("digits")
     counts = {"train": 12, "val": 5, "test": 8, "exemplars": 4}
-    few = {part: {c: parts[part][c][:n] for c in range(10)} for part, n in counts.items()}
+    few = {split: {c: splits[split][c][:n] for c in range(10)} for split, n in counts.items()}
     monkeypatch.setattr(prepare, "read_embedded", lambda name: (few, pool[:100], meta))
 
 

@@ -27,56 +27,49 @@ def distillation(logits, stored):
 
 
 def task1_loss(model, x, y):
-    """The batch passes twice, once for each kind of heads."""
+    """The loss and its terms. The batch passes twice, once for each kind of heads."""
     random = cross_entropy(model(x, 1, main_fc=False), y)
-    balanced = cross_entropy(model(x, 1, main_fc=True), y)
-    return random + balanced
+    new = cross_entropy(model(x, 1, main_fc=True), y)
+    return random + new, {"random": random, "new": new}
 
 
-def kd_parts(model, k, random, new, old, unlabeled):
-    """The five parts of the loss of task k, from five passes in the published order."""
-    (x, y), (x_new, y_new), (x_old, y_old), (u, stored, stored_main) = random, new, old, unlabeled
-    return {
+def kd_terms(model, k, random, new, old, unlabeled):
+    """The terms of the loss of task k, from as many passes in the published order.
+
+    Two less without unlabeled images (--no_teaching), one less without old ones (--finetune).
+    """
+    (x, y), (x_new, y_new), (x_old, y_old) = random, new, old
+    terms = {
         "random": cross_entropy(model(x, k, main_fc=False), y),
         "new": cross_entropy(model(x_new, k, main_fc=True), y_new),
-        "old": cross_entropy(model(x_old, k, main_fc=True), y_old),
-        "kd": distillation(model(u, k - 1, main_fc=False), stored),
-        "kd_main": distillation(model(u, k - 1, main_fc=True), stored_main),
     }
-
-
-def exemplars_loss(model, k, sub, batches):
-    """The loss of task k with --no_teaching: three passes, nothing is distilled.
-
-    Two passes where there are no old images (--finetune).
-    """
-    (x, y), (x_new, y_new), (x_old, y_old) = batches
-    a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
-    loss = cross_entropy(model(x, k, main_fc=False), y)
-    balanced = a * cross_entropy(model(x_new, k, main_fc=True), y_new)
     if len(x_old):
-        balanced = balanced + b * cross_entropy(model(x_old, k, main_fc=True), y_old)
-    return loss + 0.5 * balanced
+        terms["old"] = cross_entropy(model(x_old, k, main_fc=True), y_old)
+    if unlabeled:
+        u, stored, stored_main = unlabeled
+        terms["distillation"] = distillation(model(u, k - 1, main_fc=False), stored)
+        terms["distillation_main"] = distillation(model(u, k - 1, main_fc=True), stored_main)
+    return terms
 
 
-def kd_loss(model, k, sub, batches):
-    """The loss of task k; the weights a and b depend on the batch size, not on the batches."""
-    parts = kd_parts(model, k, *batches)
+def kd_loss(model, k, sub, batch):
+    """The loss of task k and its terms; a and b depend on the batch size, not on the batch."""
+    terms = kd_terms(model, k, *batch)
     a, b = int(sub / k) / sub, int(sub * (k - 1) / k) / sub
-    balanced = a * parts["new"] + b * parts["old"] + parts["kd_main"]
-    return parts["random"] + parts["kd"] + 0.5 * balanced
+    balanced = a * terms["new"] + b * terms.get("old", 0) + terms.get("distillation_main", 0)
+    return terms["random"] + terms.get("distillation", 0) + 0.5 * balanced, terms
 
 
-def kd_loss_merged(model, k, sub, batches):
+def kd_loss_merged(model, k, sub, batch):
     """As kd_loss(), but all images pass once, together: --merge_batchnorm."""
-    images = [part[0] for part in batches]
+    images = [part[0] for part in batch if part]
     features = model(torch.cat(images), is_feature=True).split([len(x) for x in images])
     features = {id(x): of_x for x, of_x in zip(images, features)}
 
     def forward(x, heads, main_fc):
         return model.logits(features[id(x)], heads, main_fc)
 
-    return kd_loss(forward, k, sub, batches)
+    return kd_loss(forward, k, sub, batch)
 
 
 def apply_masks(model, masks):
