@@ -4,7 +4,6 @@ import copy
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import reference
 import torch
@@ -15,10 +14,7 @@ import teaching
 import trainer
 import utils
 from models import BACKBONES
-from runtime import run as runtime_run
 from runtime.errors import UserError
-from runtime.records import read_epochs
-from runtime.run import Run
 
 CPU = torch.device("cpu")
 # float64: far above rounding, far below any mistake; what was read from a file is on the CPU
@@ -145,15 +141,6 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
         assert_close(state_of(ours), state_of(plain))
 
 
-def test_distillation_by_hand():
-    flat = torch.zeros(3, 4, dtype=torch.float64)
-    assert trainer.distillation(flat, flat).item() == pytest.approx(4 * math.log(4))
-    # softmax of (2 log 3)/2 and 0 is 3/4 and 1/4
-    stored = torch.tensor([[2 * math.log(3), 0]], dtype=torch.float64)
-    wanted = 4 * -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert trainer.distillation(stored, stored).item() == pytest.approx(wanted)
-
-
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_training_does_not_change_the_heads_to_come(args, data, in_float64, t):
     """Nor does weight decay, though they have gradients of zeros here, from another pass."""
@@ -264,11 +251,11 @@ def test_training_images_are_augmented_and_unlabeled_ones_are_not(args, data, pu
             assert x.is_contiguous(memory_format=torch.channels_last)
     for name, found in views.items():
         assert None not in found, f"{name}: not views of its images"
-        flips, down, right = (set(draws) for draws in zip(*found))
-        assert flips == {False, True} and len(down) > 3 and len(right) > 3
         # each image has its own view, and dy does not depend on dx
         assert len(set(found)) > 0.75 * len(found)
         assert sum(dy not in (dx, 8 - dx) for _, dy, dx in found) > len(found) / 2
+    flips, down, right = map(set, zip(*sum(views.values(), [])))
+    assert flips == {False, True} and down == right == set(range(9))
 
 
 def test_a_seed_gives_the_same_numbers_for_good():
@@ -277,61 +264,6 @@ def test_a_seed_gives_the_same_numbers_for_good():
     assert torch.rand(1, generator=utils.make_generator(3, "x")).item() == pytest.approx(
         0.4844493865966797
     )
-
-
-@pytest.mark.parametrize("change", [{"epoch": 2}, {"stream": "task4"}, {"seed": 1}])
-def test_each_sub_batch_has_random_draws_of_its_own(args, data, change):
-    """They depend on seed, stream and epoch, and on nothing else."""
-    task, change = numbered_task(data, 2), dict(change)
-    first = epoch_of(task, args)
-    torch.manual_seed(99)
-    np.random.seed(7)
-    again = epoch_of(task, args)
-    args.seed = change.pop("seed", args.seed)
-    other = epoch_of(task, args, **change)
-    for some, same, others in zip(zip(*first), zip(*again), zip(*other)):
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(some, same))
-        found = [sum((numbers_of(b, data) for b in each), []) for each in (some, others)]
-        assert found[0] != found[1]
-
-
-# ------------------------------------------------------------------------------ views
-
-
-@pytest.mark.parametrize("pad", [4, 2])
-def test_augment_makes_each_view(pad):
-    """All flips and offsets are reached; whether the flip or the crop comes first is free."""
-    side = range(2 * pad + 1)
-    draws = [(f, dy, dx) for f in (False, True) for dy in side for dx in side]
-    pixels = noise(len(draws), 4)[:, :12]  # not square, so that rows are not columns
-    found = dataset.augment(pixels, *(torch.tensor(column) for column in zip(*draws)), pad)
-    assert found.dtype == torch.uint8 and found.shape == pixels.shape
-    pairs = zip(found.numpy(), pixels.numpy())
-    views = [reference.find_view(image, original, pad) for image, original in pairs]
-    assert [view[:2] for view in views] == [draw[:2] for draw in draws]
-    assert sorted(views) == draws
-
-
-def test_views_are_drawn_uniformly_and_independently():
-    pad, side = 4, 9
-    n = 200 * 2 * side**2
-    flip, dy, dx = dataset.draw_views(n, pad, torch.Generator().manual_seed(5))
-    counts = torch.bincount((flip * side + dy) * side + dx).double()
-    cells = 2 * side**2
-    assert len(counts) == cells
-    # chi square has mean cells-1 and variance 2(cells-1)
-    assert ((counts - 200) ** 2 / 200).sum() < cells - 1 + 5 * math.sqrt(2 * (cells - 1))
-
-
-def test_normalize_is_the_formula(data):
-    data.mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    data.std = torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
-    found = dataset.normalize(pixels.clone(), data)
-    wanted = reference.normalize(pixels, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(dataset.normalize(found.clone(), data), found)  # the published form
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -415,26 +347,18 @@ def test_the_best_and_the_last_epoch_are_saved(
     assert (found.best, found.best_epoch) == (max(accuracies), best)
     assert (found.best_state["conv1.weight"] == best).all()
     assert (setting[0].conv1.weight == 4).all()  # the model is that of the last epoch
-    rows = read_epochs(run.folder / "metrics.csv")
-    assert [(row["stage"], row["epoch"], row["accuracy"]) for row in rows] == [
-        ("task2", epoch, accuracy) for epoch, accuracy in enumerate(accuracies, 1)
-    ]
 
 
-@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("split", ["test", None])
 def test_retraining_has_a_constant_lr_and_keeps_the_last_epoch(
-    setting, args, run, data, monkeypatch, validated
+    setting, args, run, data, monkeypatch, split
 ):
-    seen = scripted(monkeypatch, [4.0, 6.0, 5.0])
-    args.iter_epochs = 3
-    split = data.test if validated else None
-    found = trainer.retrain(*setting, run, "round", "stream", split)
+    seen, args.iter_epochs = scripted(monkeypatch, [4.0, 6.0, 5.0]), 3
+    found = trainer.retrain(*setting, run, "round", "stream", split and data.test)
     assert seen["lr"] == pytest.approx([0.0001] * 3)
-    assert seen["splits"] == [data.test] * 3 * validated
-    assert (found.best, found.best_epoch) == ((6.0, 2) if validated else (-1.0, 0))
-    rows = [(row["epoch"], row["loss"], row.get("accuracy")) for row in run.epochs]
-    accuracies = [4.0, 6.0, 5.0] if validated else [None] * 3
-    assert rows == [(epoch + 1, 1.5, accuracies[epoch]) for epoch in range(3)]
+    assert seen["splits"] == ([data.test] * 3 if split else [])
+    assert (found.best, found.best_epoch) == ((6.0, 2) if split else (-1.0, 0))
+    assert [row.get("accuracy") for row in run.epochs] == ([4.0, 6.0, 5.0] if split else [None] * 3)
     assert checkpoints(run) == {"round_checkpoint.pt"}
     assert run.load("round_checkpoint.pt")["epoch"] == 3
 
@@ -450,30 +374,6 @@ def test_with_0_epochs_of_retraining_the_model_is_measured_as_it_is(setting, arg
         assert_close(state_of(model), before)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_an_optimizer_that_is_given_keeps_its_momentum(setting, args, run, monkeypatch, given):
-    """The retrainings of a task in main_TD share one; the rounds of main_BU do not."""
-
-    def train_epoch(model, optimizer, *others):
-        optimizer.zero_grad()
-        model.linear[0].bias.grad = torch.full_like(model.linear[0].bias, 0.5)
-        optimizer.step()
-        return {"loss": 1.0}, 1
-
-    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
-    args.iter_epochs, model = 2, setting[0].double()
-    weight, velocity = model.linear[0].bias.detach().clone(), 0
-    optimizer = trainer.make_optimizer(model, args, args.lr / 100) if given else None
-    for number in (1, 2):
-        pruning_utils.apply_mask(model, random_masks(model))
-        trainer.retrain(model, setting[1], run, f"prune{number}", "s", optimizer=optimizer)
-        velocity = velocity if given else 0
-        for _ in range(2):
-            velocity = MOMENTUM * velocity + 0.5 + WEIGHT_DECAY * weight
-            weight = weight - LR / 100 * velocity
-    torch.testing.assert_close(model.linear[0].bias.detach(), weight, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch, bad):
     scripted(monkeypatch, [])
@@ -481,40 +381,6 @@ def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch, bad):
     with pytest.raises(UserError, match="--lr 0.01.*task2, epoch 1"):
         trainer.train_task(*setting, run, "task2", "task2")
     assert not checkpoints(run)
-
-
-@pytest.mark.parametrize("fails_in", ["train_epoch", "validate"])
-def test_an_interrupted_loop_resumes_at_the_end_of_an_epoch(
-    args, data, tmp_path, monkeypatch, fails_in
-):
-    """Model, momentum, best epoch and curves are as if uninterrupted, bit for bit."""
-    monkeypatch.setattr(runtime_run, "SAVE_SECONDS", 0)
-    args.epochs, args.width, real = 4, 2, getattr(trainer, fails_in)
-    task, calls = teaching.build_task(data, args, 1), []
-
-    def train(folder):
-        args.save_dir, args.save_data_path = str(tmp_path / folder), str(tmp_path / folder / "data")
-        model = trainer.make_model(args, CPU)
-        run = Run("test", args, data, model)
-        found = trainer.train_task(model, task, run, "task1", "task1")
-        rows = [{**row, "seconds": 0, "images_per_second": 0} for row in run.epochs]
-        momentum = run.load("task1_checkpoint.pt")["optimizer"]["state"]
-        return (found.best_state, model.state_dict(), momentum), (found[:2], rows)
-
-    def interrupted(*arguments):
-        calls.append(fails_in)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    wanted = train("whole")
-    monkeypatch.setattr(trainer, fails_in, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train("resumed")
-    tensors, others = train("resumed")
-    torch.testing.assert_close(tensors, wanted[0], rtol=0, atol=0)
-    assert others == wanted[1]
-    assert len(calls) == 3 + 2  # epochs 3 and 4 again
 
 
 # ------------------------------------------------------------------------------ a whole task
@@ -598,14 +464,3 @@ def test_accuracies_are_by_the_balanced_heads_so_far(args, device, run, data, in
     of_task_t = sum(sum(row[2 * t - 2 :]) for row in confusion)
     assert found["recency"] == 100 * of_task_t / sum(totals)
     assert_close(state_of(model), before)
-
-
-def test_tasks_are_evaluated_once_in_the_life_of_a_run(args, run, data):
-    """For each name and split: another model under the same name is not evaluated."""
-    args.no_teaching = True
-    model, task = trainer.make_model(args, CPU), teaching.build_task(data, args, 3)
-    first = trainer.evaluate_tasks(model, task, run, "task3_dense")
-    for linear in model.linear_main:
-        linear.weight.data.neg_()
-    assert trainer.evaluate_tasks(model, task, run, "task3_dense") == first
-    assert trainer.evaluate_tasks(model, task, run, "task3_other") != first
