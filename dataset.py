@@ -27,6 +27,7 @@ from datasets.spec import SPLITS
 from datasets.tasks import class_order, not_prepared, resolve_tasks, set_folder
 from runtime.args import Parser, add_data_flags, int_range, path
 from runtime.errors import UserError
+from runtime.files import atomic_write
 from runtime.process import run_script
 
 
@@ -241,8 +242,7 @@ def main(argv=None):
     resolve_tasks(args)
     data = load(args, torch.device("cpu"), pool=read_meta(folder).get("pool", "") is not None)
     print(table(data))
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(data).save(folder / "preview.png")
+    atomic_write(folder / "preview.png", lambda file: draw(data).save(file, "PNG"))
     print(f"picture: {folder / 'preview.png'}")
     return data
 

@@ -353,7 +353,11 @@ def fit(model, task, run, plan, optimizer=None):
     if run.done(plan.stage):
         restore(model, optimizer, run.load(last_model))
     else:
-        progress = resume(model, optimizer, run, plan)
+        progress = Progress()
+        if saved := run.progress(plan.stage):
+            restore(model, optimizer, saved.pop("last"))
+            progress = Progress(**saved)
+            print(f"{plan.stage}: resumes after epoch {progress.epoch}", flush=True)
         for epoch in range(progress.epoch + 1, plan.epochs + 1):
             set_learning_rate(optimizer, plan, epoch)
             losses, images = train_epoch(model, optimizer, task, args, plan, epoch)
@@ -375,17 +379,6 @@ def fit(model, task, run, plan, optimizer=None):
         run.finish(plan.stage, *files, **progress.outcome())
     best_state = run.load(plan.best_model)["state_dict"] if plan.best_model else None
     return Trained(**run.result(plan.stage), best_state=best_state)
-
-
-def resume(model, optimizer, run, plan):
-    """Where the loop was when it was interrupted; at the start if it was not."""
-    content = run.progress(plan.stage)
-    if not content:
-        return Progress()
-    restore(model, optimizer, content.pop("last"))
-    progress = Progress(**content)
-    print(f"{plan.stage}: resumes after epoch {progress.epoch} of {plan.epochs}", flush=True)
-    return progress
 
 
 def restore(model, optimizer, checkpoint):

@@ -56,7 +56,7 @@ def ensure_prepared(name, folder, raw=None, **options):
             raise UserError(f"--{key} {value}: {folder} {found}; choose another folder with --data")
     if source := options.get("source"):
         found = DATASETS[name].read(Path(source), False, True)
-        classes = list(found.names.values()) != list(made["names"].values())
+        classes = list(found.names.values()) != list(made.get("names", {}).values())
         if classes or found.listing != made.get("listing", found.listing):
             raise UserError(
                 f"--source {source}: its {'classes' if classes else 'images'} have changed since "

@@ -5,6 +5,8 @@ Networks"). ResNet32 is the CIFAR network of He et al. 2015, "Deep Residual Lear
 FACIL and PyCIL use: 0.46 M parameters at width 16. Both keep PyTorch's default initialization.
 """
 
+import functools
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,8 +14,7 @@ from models.base import LifelongNet
 from models.batchnorm import BatchNorm2d
 
 
-def conv3x3(inputs, outputs, stride=1):
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class PreActBlock(nn.Module):
@@ -22,7 +23,7 @@ class PreActBlock(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.bn1 = BatchNorm2d(inputs)
-        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.conv1 = conv3x3(inputs, outputs, stride=stride)
         self.bn2 = BatchNorm2d(outputs)
         self.conv2 = conv3x3(outputs, outputs)
         if stride != 1 or inputs != outputs:
@@ -70,7 +71,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.conv1 = conv3x3(inputs, outputs, stride=stride)
         self.bn1 = BatchNorm2d(outputs)
         self.conv2 = conv3x3(outputs, outputs)
         self.bn2 = BatchNorm2d(outputs)

@@ -1,9 +1,12 @@
 """Files: written atomically, and read without running any code that they may hold."""
 
+import contextlib
+import glob
 import hashlib
 import os
 import pickle
 import secrets
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError, first_line
+
+ABANDONED_SECONDS = 600  # no writer takes so long
 
 # ------------------------------------------------------------------------------ writing
 
@@ -24,7 +29,11 @@ def atomic_write(path, write):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; choose another name")
-    # a name of its own for each writer, so that two of one file do not mix
+    # a name of its own for each writer, so that two of one file do not mix; a killed one's stays
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                part.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

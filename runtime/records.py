@@ -18,6 +18,15 @@ from runtime.measures import average_incremental_accuracy, backward_transfer, fo
 SPLITS = "train", "val", "test", "exemplars"
 LOSS_TERMS = "random", "new", "old", "distillation", "distillation_main"  # not weighted
 NUMBERS = "lr", "loss", *LOSS_TERMS, "accuracy", "seconds", "images_per_second"
+SETTINGS = {  # the flags that a run prints first
+    "dataset": ("dataset", "classifiers", "classes_per_classifier"),
+    "network": ("arch", "width", "precision"),
+    "training": ("epochs", "batch_size", "lr", "decreasing_lr", "merge_batchnorm", "seed"),
+    "pruning": (
+        *("percent", "criterion", "iter_epochs", "prune_scheduler", "rewind"),
+        *("deacc", "accept_decay", "base_sparsity", "max_iter_prun", "select_on"),
+    ),
+}
 COLUMNS = {"stage": str, "epoch": int} | dict.fromkeys(NUMBERS, float)  # of metrics.csv
 
 # ------------------------------------------------------------------------------ states
@@ -47,29 +56,18 @@ def new_results(script, args, data, model):
 
 def run_summary(results, data, model):
     """The first lines of a run: device, dataset, network, and its settings."""
-    config = results["config"]
-
-    def settings(*names):
-        return ", ".join(f"{name} {config[name]}" for name in names if name in config)
-
     splits = {split: sum(map(len, vars(data)[split].values())) for split in SPLITS}
     splits["pool"] = len(data.pool)
     counts = ", ".join(f"{count:,} {split}" for split, count in splits.items() if count)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     lines = {
         "device": f"{results['device']}, {torch.get_num_threads()} CPU threads, PyTorch "
         f"{torch.__version__}",
-        "dataset": f"{settings('dataset', 'classifiers', 'classes_per_classifier')}; images: "
-        f"{counts} ({data.source})",
-        "network": f"{settings('arch', 'width', 'precision')}: {size}",
-        "training": settings(
-            "epochs", "batch_size", "lr", "decreasing_lr", "merge_batchnorm", "seed"
-        ),
-        "pruning": settings(
-            *("percent", "criterion", "iter_epochs", "prune_scheduler", "rewind"),
-            *("deacc", "accept_decay", "base_sparsity", "max_iter_prun", "select_on"),
-        ),
+        "images": f"{counts} ({data.source})",
+        "weights": f"{sum(p.numel() for p in model.parameters()):,} parameters",
     }
+    for name, flags in SETTINGS.items():
+        given = {flag: results["config"][flag] for flag in flags if flag in results["config"]}
+        lines[name] = ", ".join(f"{flag} {value}" for flag, value in given.items())
     lines = "".join(f"  {name:<9}{text}\n" for name, text in lines.items() if text)
     return f"{results['script']}.py\n{lines}"
 

@@ -52,6 +52,9 @@ class Run:
 
     def __init__(self, script, args, data, model, prefix="", inputs=None):
         self.args, self.data, self.prefix, self.folder = args, data, prefix, Path(args.save_dir)
+        where = os.path.abspath(args.save_data_path)
+        # None: the default, which moves with the run
+        self.data_folder = None if where == os.path.abspath(self.folder / "data") else where
         self.known = describe(args, data)  # what checkpoints say of the run
         self.results = records.new_results(script, args, data, model)
         self.results["images"] = data.fingerprint()
@@ -62,11 +65,7 @@ class Run:
         self.locks = [lock(self.folder, f".{prefix}lock")]
         if not prefix and not args.no_teaching:  # main_train only reads from there
             self.locks.append(lock(Path(args.save_data_path), ".lock"))
-        if args.overwrite:
-            self.remove_files()
         self.journal = self.open_journal(script, inputs or {})
-        for name in (*self.journal["wrote"], *(prefix + name for name in RECORDS)):
-            self.remove_parts(name)
         self.epochs = []  # the rows of metrics.csv
         if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
@@ -86,32 +85,39 @@ class Run:
         folder, slash, file = name.rpartition("/")
         return Path(self.args.save_data_path if slash else self.folder) / file
 
-    def data_folder(self):
-        """--save_data_path, as an absolute path; None where it is the default, in --save_dir."""
-        where = os.path.abspath(self.args.save_data_path)
-        return None if where == os.path.abspath(self.folder / "data") else where
-
     def open_journal(self, script, inputs):
-        """What run.json holds, or a new journal. Raises UserError if it is of other settings."""
+        """What run.json holds, or a new journal. Raises UserError if it is of other settings.
+
+        With --overwrite it removes what a run of this script has written here, and nothing else.
+        """
         config = {key: value for key, value in vars(self.args).items() if key not in RESUME_IGNORED}
-        config["save_data_path"] = self.data_folder()
+        config["save_data_path"] = self.data_folder
         inputs = {"--class_order": self.data.order, "--data": self.results["images"]} | inputs
         settings = json.loads(json.dumps({"script": script, "config": config, "inputs": inputs}))
-        if journal := self.read_journal():
-            self.check_settings(journal, settings)
-            journal.pop("finished", None)  # until close(), which may find a file damaged
-            return journal
-        results = self.path(f"{self.prefix}results.json")
-        if results.exists():
+        was, overwrite, wrote = self.read_journal(), self.args.overwrite, []
+        if was and was["script"] != script:
             raise UserError(
-                f"{results}: is of another run; choose another folder, or give --overwrite"
+                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose another folder"
             )
-        self.check_soft_labels()
+        if was and not overwrite:
+            self.check_settings(was, settings)
+            was.pop("finished", None)  # until close(), which may find a file damaged
+            return was
+        if was:
+            same = was["config"]["save_data_path"] == self.data_folder
+            wrote = [name for name in was["wrote"] if same or "/" not in name]
+        found = [] if overwrite else [self.path(f"{self.prefix}results.json")]
+        if len(self.locks) > 1 and not (overwrite and self.data_folder is None):
+            found += sorted(Path(self.args.save_data_path).glob("task*_img.npy"))
+        for path in found:
+            if path.exists() and f"data/{path.name}" not in wrote:
+                raise UserError(f"{path}: is of another run; choose another folder")
+        for name in (*wrote, *(self.prefix + name for name in RECORDS)) if overwrite else ():
+            self.path(name).unlink(missing_ok=True)  # run.json last, since it lists the files
         return settings | {"stages": {}, "rows": [], "wrote": [], "seconds": 0.0}
 
     def check_settings(self, was, asked):
         """Raise UserError when the journal is of a run with other settings."""
-        self.check_script(was)
         differing = []
         for key in sorted({*was["config"], *asked["config"]}):
             old, new = (each["config"].get(key) for each in (was, asked))
@@ -127,24 +133,6 @@ class Run:
                 f"those, choose another folder, or start over with --overwrite"
             )
 
-    def check_script(self, journal):
-        if journal["script"] != self.results["script"]:
-            raise UserError(
-                f"--save_dir {self.folder}: holds a run of {journal['script']}.py; choose another "
-                f"folder"
-            )
-
-    def check_soft_labels(self, wrote=()):
-        """Raise UserError if --save_data_path holds soft labels of another run.
-
-        wrote: the names of those that are this run's. In its own folder --overwrite replaces any.
-        """
-        if len(self.locks) == 1 or (self.args.overwrite and not self.data_folder()):
-            return
-        for path in sorted(Path(self.args.save_data_path).glob("task*_img.npy")):
-            if f"data/{path.name}" not in wrote:
-                raise UserError(f"{path}: is of another run; choose another --save_data_path")
-
     def read_journal(self):
         """What run.json holds, or None where there is none."""
         path = self.path(f"{self.prefix}run.json")
@@ -158,6 +146,8 @@ class Run:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
         except (ValueError, TypeError):
             pass
+        if self.args.overwrite:  # the files of a damaged one are replaced one by one
+            return None
         raise UserError(
             f"{path}: is damaged; choose another folder, or start over with --overwrite"
         )
@@ -165,35 +155,6 @@ class Run:
     def write_journal(self):
         self.journal["seconds"] = time.monotonic() - self.start
         save_text(self.path(f"{self.prefix}run.json"), json.dumps(self.journal, indent=1))
-
-    def remove_files(self):
-        """Remove what a run of this script has written here, and nothing else."""
-        try:
-            journal = self.read_journal() or {}
-        except UserError:  # a damaged one: its files are replaced one by one
-            journal = {}
-        wrote = journal.get("wrote", [])
-        if journal:
-            self.check_script(journal)
-            if (
-                journal["config"].get("save_data_path") != self.data_folder()
-            ):  # it holds other files
-                wrote = [name for name in wrote if "/" not in name]
-        self.check_soft_labels(wrote)
-        # the journal last, since it lists the files
-        for name in (*wrote, *(self.prefix + name for name in RECORDS)):
-            self.remove(name)
-
-    def remove(self, name):
-        """Remove a file of the run, and what a killed process has left of it."""
-        self.path(name).unlink(missing_ok=True)
-        self.remove_parts(name)
-
-    def remove_parts(self, name):
-        """Remove what a killed process has left as it wrote a file."""
-        path = self.path(name)
-        for part in path.parent.glob(f".{path.name}.*.part"):
-            part.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------- files
 
@@ -260,7 +221,7 @@ class Run:
         stages = [stage for stage in self.journal["stages"] if stage.startswith(prefix)]
         for stage in stages:
             for name in self.journal["stages"].pop(stage)["files"]:
-                self.remove(name)
+                self.path(name).unlink(missing_ok=True)
         if stages:
             self.write_journal()
 

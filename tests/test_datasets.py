@@ -39,7 +39,6 @@ import dataset
 from datasets import prepare
 from datasets.images import read_image
 
-RAW = os.environ.get("LIFELONG_TICKETS_RAW")
 CIFAR = ["--data", "set", "--raw", "raw"]
 TINY = ["--dataset", "tiny_imagenet", "--data", "set", "--classifiers", "2", "--raw"]
 FOLDER = ["--dataset", "folder", "--data", "set"]
@@ -151,12 +150,10 @@ class Hostile:
 
 
 BAD_CIFAR = {
-    "no folder": (lambda: shutil.rmtree("raw"), "no such"),
     "no CIFAR": (lambda: shutil.rmtree("raw/cifar-10-batches-py"), "cifar-10-python.tar.gz"),
     "no pool": (lambda: shutil.rmtree("raw/cifar-100-python"), "--unlabeled"),
     "hostile": (lambda: put_batch(data=Hostile()), "data_batch_2"),
     "floats": (lambda: put_batch(data=np.zeros((40, 3072))), "uint8"),
-    "no data": (lambda: put_batch(data=None), "as published"),
     "fewer labels": (lambda: put_batch(labels=39 * [1]), "199 labels"),
     "batch missing": (lambda: os.unlink("raw/cifar-10-batches-py/test_batch"), "test_batch"),
     "archive cut": (lambda: (as_archives(), os.truncate("raw/cifar-10-python.tar.gz", 9000)),
@@ -176,21 +173,6 @@ def test_bad_official_files(damage, word):
 def test_without_network_the_error_says_where_to_put_the_file(name, file):
     check_error(lambda: load("--dataset", name), file, "data/raw", "no network")
     assert not Path("data", name).exists() and not [*Path().rglob("*.part")]
-
-
-@pytest.mark.skipif(not RAW, reason="LIFELONG_TICKETS_RAW names no folder of the official files")
-def test_the_official_files():
-    import torchvision
-
-    raw = Path(RAW)
-    dataset.main([*CIFAR[:2], "--raw", RAW, "--unlabeled", str(raw / "cifar100_pool.npy")])
-    splits, pool = stored("set")
-    for names, train in ((("train", "val"), True), (("test",), False)):
-        official = torchvision.datasets.CIFAR10(raw, train=train)
-        for c in range(10):
-            own = official.data[np.array(official.targets) == c]
-            assert bag(*(splits[name][c] for name in names)) == bag(own)
-    assert read_meta()["dropped"] == {"equal": 1, "repeated": 14} and len(pool) == 49985
 
 
 # ------------------------------------------------------------------------------ Tiny-ImageNet
@@ -244,11 +226,9 @@ def test_tiny_imagenet_is_read_from_the_archive_or_its_folder(raw):
 
 BAD_TINY = {
     "no annotations": ({"val/val_annotations.txt": None}, "tiny"),
-    "no text": ({"val/val_annotations.txt": b"\xff\xfe"}, "val_annotations.txt"),
     "an image missing": ({"val/images/val_11.JPEG": None}, "val/images/val_11.JPEG"),
     "no class has tests": ({"val/val_annotations.txt": b"\n"}, "test image"),
     "a class without images": ({"wnids.txt": b"n01\nn09\n"}, "n09 has 0 training images"),
-    "no image": ({"train/n02/images/n02_3.JPEG": b"text"}, "n02_3.JPEG"),
     "an image cut": ({"train/n02/images/n02_3.JPEG": encode(noise(1), "JPEG")[:300]}, "n02_3.JPEG"),
 }
 
@@ -263,7 +243,7 @@ def test_errors_name_the_bad_file_in_tiny_imagenet(changes, word, packed):
     check_rejected(lambda: dataset.main([*TINY, raw]), word)
 
 
-def test_a_raw_file_that_is_no_archive_or_unpacks_to_too_much(monkeypatch):
+def test_archives_that_are_none_or_unpack_to_too_much(monkeypatch):
     for content in (b"", b"text", "cut"):
         write_zip(tiny_files())
         Path("tiny.zip").write_bytes(
@@ -271,8 +251,12 @@ def test_a_raw_file_that_is_no_archive_or_unpacks_to_too_much(monkeypatch):
         )
         check_rejected(lambda: dataset.main([*TINY, "tiny.zip"]), "tiny.zip")
     write_zip(tiny_files())
+    write_cifar()
+    name = as_pool("deflated.npz")
     monkeypatch.setattr("datasets.files.MAX_UNPACKED", 20000)
+    monkeypatch.setattr("datasets.pool.MAX_UNPACKED", 20000)
     check_rejected(lambda: dataset.main([*TINY, "tiny.zip"]), "tiny.zip", "20,000")
+    check_rejected(lambda: dataset.main([*POOL, name]), name, "20,000")
 
 
 # ------------------------------------------------------------------------------ folders
@@ -356,8 +340,6 @@ BAD_FOLDERS = {
     "flat test": (lambda: flat("test"), "", "into such folders"),
     "few images": (lambda: empty("train/b", 9), "", "class b has 9"),
     "tasks that do not divide": (None, "--classifiers 3", "--classifiers 3"),
-    "another size": (None, "--image_size 20", "--image_size"),
-    "an empty image": (broken(b""), "", "mine/train/c d/5.PNG"),
     "no image": (broken(b"text"), "", "mine/train/c d/5.PNG"),
     "an image cut": (broken(encode(noise(1), "JPEG")[:400]), "", "mine/train/c d/5.PNG"),
     "floats": (broken(encode(noise(1, mode="L").convert("F"), "TIFF")), "", "mine/train/c d/5.PNG"),
@@ -370,13 +352,6 @@ def test_errors_in_a_folder_of_images(damage, flags, word):
     if damage:
         damage()
     check_rejected(lambda: dataset.main([*MINE, *flags.split()]), word)
-
-
-def test_images_have_a_pixel_limit(monkeypatch):
-    write_folder()
-    for most in (1000, 300):  # Pillow warns first, beyond twice as many it raises
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        check_rejected(lambda: dataset.main(MINE), "mine/", "pixels")
 
 
 def test_another_source_or_a_changed_one_is_noticed(monkeypatch):
@@ -409,17 +384,20 @@ def test_a_folder_without_a_pool_is_for_no_teaching(capsys):
 # ------------------------------------------------------------------------------ image files
 
 
-def lying_down(odd=False):
+ORIENTATION = b"\x01\x12\0\3\0\0\0\1\0\6\0\0"
+ODD_TAG = b"\x01\x01\0\2\0\0\0\1x\0\0\0"  # a height that is a text: Pillow cannot write it again
+
+
+def lying_down(tag=b""):
     """A JPEG that is stored lying on its side: upright, its upper half is white.
 
-    odd: with a second tag of an unknown type, which Pillow cannot write again.
+    tag: one more of its EXIF tags.
     """
-    image, exif = np.zeros((64, 64, 3), np.uint8), Image.Exif()
+    image = np.zeros((64, 64, 3), np.uint8)
     image[:, :32] = 255
-    exif[0x0112], exif[0x9286] = 6, b"x"
-    raw, entry = exif.tobytes(), exif.tobytes().index(b"\x92\x86") + 2
-    raw = raw[:entry] + b"\xff\xff" + raw[entry + 2 :] if odd else raw
-    return encode(Image.fromarray(image), "JPEG", exif=raw, quality=95)
+    tags = [ORIENTATION, tag] if tag else [ORIENTATION]
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0" + bytes([len(tags)]) + b"".join(tags) + bytes(4)
+    return encode(Image.fromarray(image), "JPEG", exif=exif, quality=95)
 
 
 def palette():
@@ -444,7 +422,7 @@ def with_text():
 
 
 @pytest.mark.parametrize(
-    "make", [lying_down, lambda: lying_down(odd=True), palette, wide, with_text]
+    "make", [lying_down, lambda: lying_down(ODD_TAG), palette, wide, with_text]
 )
 def test_the_upper_half_is_white(make):
     """Upright by EXIF, transparent as white, the center square, with long or odd metadata."""
@@ -515,19 +493,12 @@ def test_pools_are_joined_resized_and_deduplicated(capsys):
 BAD_POOL_FILES = {
     "missing": ("x.npy", lambda: None),
     "an empty folder": ("empty", lambda: Path("empty").mkdir()),
-    "text": ("x.npy", lambda: Path("x.npy").write_text("no array")),
     "floats": ("x.npy", lambda: np.save("x.npy", IMAGES / 255)),
-    "gray": ("x.npy", lambda: np.save("x.npy", IMAGES[..., 0])),
-    "no image": ("x.npy", lambda: np.save("x.npy", IMAGES[:0])),
-    "objects": ("x.npy", lambda: np.save("x.npy", np.array([None]), allow_pickle=True)),
-    "text as npz": ("x.npz", lambda: Path("x.npz").write_text("no archive")),
     "two arrays": ("x.npz", lambda: np.savez("x.npz", IMAGES, IMAGES)),
     "objects in npz": ("x.npz", lambda: np.savez("x.npz", np.array([None]))),
     "channels first": ("x.npz", lambda: np.savez("x.npz", IMAGES.transpose(0, 3, 1, 2))),
-    "no NumPy inside": ("x.npz", lambda: write_zip({"a.txt": b"text"}, "x.npz")),
     "cut": ("x.npz", lambda: (np.savez("x.npz", IMAGES), os.truncate("x.npz", 9000))),
     "hostile": ("x.pkl", lambda: Path("x.pkl").write_bytes(pickle.dumps(Hostile()))),
-    "no data": ("x.pkl", lambda: Path("x.pkl").write_bytes(pickle.dumps({"label": IMAGES}))),
 }
 
 
@@ -536,13 +507,6 @@ def test_a_bad_pool(name, make):
     write_cifar()
     make()
     check_rejected(lambda: dataset.main([*POOL, name]), name)
-
-
-def test_a_compressed_pool_has_a_size_limit(monkeypatch):
-    write_cifar()
-    monkeypatch.setattr("datasets.pool.MAX_UNPACKED", 20000)
-    name = as_pool("deflated.npz")
-    check_rejected(lambda: dataset.main([*POOL, name]), name, "20,000")
 
 
 def test_a_pool_of_the_dataset_itself():
@@ -648,11 +612,8 @@ BAD_SPLITS = {
     "a class missing": {c: SPLIT[c] for c in range(9)},
     "floats": SPLIT | {3: SPLIT[3].astype(np.float32)},
     "channels first": SPLIT | {3: SPLIT[3].transpose(0, 3, 1, 2)},
-    "gray": SPLIT | {3: SPLIT[3][..., 0]},
     "other size": SPLIT | {3: random_images(3, 3, side=16)},
     "too small": {c: random_images(3, c, side=8) for c in range(10)},
-    "empty": SPLIT | {3: SPLIT[3][:0]},
-    "a list": SPLIT | {3: [[1, 2], [3]]},
     "no dict": SPLIT[0],
 }
 
@@ -697,22 +658,16 @@ def put_meta(**changes):
 
 DAMAGES = {
     "another dataset": (put_meta(dataset="cifar100"), "--dataset cifar100"),
-    "train cut": (cut("cifar10_train.npz"), "cifar10_train.npz"),
     "train damaged": (flip("cifar10_train.npz"), "cifar10_train.npz"),
     "test missing": (lambda: os.unlink("set/cifar10_test.npz"), "cifar10_test.npz"),
     "pool cut": (cut("cifar10_pool.npy"), "cifar10_pool.npy"),
-    "pool missing": (lambda: os.unlink("set/cifar10_pool.npy"), "cifar10_pool.npy"),
     "pool of another size": (
         lambda: np.save("set/cifar10_pool.npy", random_images(4, 4, 16)),
         "[16",
     ),
     "a class missing": (put_val({c: SPLIT[c] for c in range(9)}), "class 9"),
-    "a class of floats": (put_val(SPLIT | {3: SPLIT[3] / 255}), "class 3"),
     "a class of objects": (put_val(SPLIT | {3: np.array([None])}), "cifar10_val.npz"),
-    "a class that is a word": (put_val(SPLIT | {"cat": SPLIT[3]}), "cifar10_val.npz"),
     "meta cut": (cut("meta.json"), "meta.json"),
-    "meta without names": (put_meta(names=None), "meta.json"),
-    "meta with words for classes": (put_meta(names={"cat": "cat"}), "meta.json"),
 }
 
 

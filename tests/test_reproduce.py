@@ -22,8 +22,6 @@ from tools import report, reproduce
 PARSE = {f"{module.__name__}.py": module.parse for module in (main_TD, main_BU, main_CIL)}
 PARSE["main_train.py"] = main_train.make_parser().parse_args  # its files do not exist here
 
-# ------------------------------------------------------------------------------ the plan
-
 
 def plan_of(*flags):
     """The plan with these flags, and the parsed flags of each run."""
@@ -44,7 +42,6 @@ def test_the_scripts_accept_the_planned_commands(size, epochs, batch_size, lr, n
     jobs, runs = plan_of("--size", size)
     assert len({job.name for job in jobs}) == len({job.journal for job in jobs}) == 3 * number
     assert {(run.epochs, run.batch_size, run.lr) for run in runs} == {(epochs, batch_size, lr)}
-    assert {run.seed for run in runs} == {0, 1, 2}
     found = {(run.state, run.control) for run in runs if "control" in run}
     assert found == {(t, control) for t in (3, 5) for control in CONTROLS}
     seen = {""}
@@ -87,7 +84,6 @@ def test_flags_go_to_every_run():
         (["--flags=--precision bf16 --lr=0.1"], "--flags: --lr is set"),
         (["--flags", "--select_on val"], "--flags: --select_on is set"),
         (["--flags", "'"], "argument --flags: expected"),
-        (["--seeds", ""], "argument --seeds: expected"),
         (["--out", "file"], "file"),
         (["--size", "rehearsal", "--data", "d"], "--data: a rehearsal"),
         (["--list", "--chain", "0"], "--chain"),
@@ -114,15 +110,15 @@ def test_the_dataset_is_prepared(tmp_path, monkeypatch):
     assert calls == [reproduce.python(command)]
 
 
-# ------------------------------------------------------------------------------ the pool
-
 # A stand-in for a script: waits for a file, notes that it ran, and finishes or ends with a status
 SCRIPT = """
 import json, pathlib, sys, time
 path, status, awaited = pathlib.Path(__file__), {}, {!r}
 with open(path.parent / "ran", "a") as file:
     file.write(path.stem)
-while awaited and not pathlib.Path(awaited).exists():
+for _ in range(3000):
+    if not awaited or pathlib.Path(awaited).exists():
+        break
     time.sleep(0.01)
 if status:
     print("--lr 9: too high")
@@ -139,12 +135,9 @@ def stand_in(folder, name, status=0, awaits="", needs=""):
 
 
 def run_all(folder, *jobs, number=2):
-    """Returns which ones have been started, in order."""
-    try:
-        reproduce.run_all(jobs, SimpleNamespace(out=folder, jobs=number))
-    finally:
-        ran = (folder / "ran").read_text()
-    return ran
+    """Returns which ones have been started until now, in order."""
+    reproduce.run_all(jobs, SimpleNamespace(out=folder, jobs=number))
+    return (folder / "ran").read_text()
 
 
 def test_a_run_starts_when_what_it_needs_has_finished(tmp_path):
@@ -157,16 +150,12 @@ def test_a_run_starts_when_what_it_needs_has_finished(tmp_path):
 
 
 def test_a_failed_run_stops_the_others_and_is_the_first_to_run_again(tmp_path):
-    fails = stand_in(tmp_path, "B", status=1, awaits=str(tmp_path / "log"), needs="A")
-    (tmp_path / "log").touch()
-    waits = stand_in(tmp_path, "C", awaits=str(tmp_path / "never"))
-    start = time.monotonic()
+    first, waits = stand_in(tmp_path, "A"), stand_in(tmp_path, "C", awaits=str(tmp_path / "never"))
     with pytest.raises(UserError, match="B.txt: ends with status 1: --lr 9: too high"):
-        run_all(tmp_path, stand_in(tmp_path, "A"), fails, waits)
-    assert time.monotonic() - start < 60
+        run_all(tmp_path, first, stand_in(tmp_path, "B", status=1, needs="A"), waits)
     assert (tmp_path / "logs" / "C.txt").read_text().endswith("status -15\n")  # SIGTERM
     (tmp_path / "ran").unlink()
-    assert run_all(tmp_path, stand_in(tmp_path, "A"), stand_in(tmp_path, "B", needs="A")) == "B"
+    assert run_all(tmp_path, first, stand_in(tmp_path, "B", needs="A")) == "B"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -189,13 +178,10 @@ def test_the_list_is_a_shell_script(tmp_path, monkeypatch, capsys):
     assert (folder / "ran").read_text() == "AB"
 
 
-# ------------------------------------------------------------------------------ a real run
-
-
 def test_a_stopped_chain_resumes(tmp_path):
     """The signal is for the pool alone, which passes it on."""
     command = [sys.executable, "-m", "tools.reproduce", "--size", "rehearsal", "--seeds", "5"]
-    command += ["--out", str(tmp_path), "--chain", "4"]
+    command += ["--out", str(tmp_path), "--chain", "4", "--flags", "--classifiers 2"]
     folder = tmp_path / "seed5" / "CIL_no_teaching"
     process = subprocess.Popen(command, cwd=reproduce.ROOT)
     while not (folder / "metrics.csv").exists():
@@ -203,15 +189,10 @@ def test_a_stopped_chain_resumes(tmp_path):
         time.sleep(0.05)
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
-    assert not json.loads((folder / "run.json").read_text()).get("finished")
+    (log,) = (tmp_path / "logs").glob("seed5*")
+    assert log.read_text().endswith("ended with status 143\n")
     subprocess.run(command, cwd=reproduce.ROOT, check=True)
     assert json.loads((folder / "run.json").read_text())["finished"]
-    command[-2:] = ["--status"]
-    ended = subprocess.run(command, cwd=reproduce.ROOT, check=True, capture_output=True, text=True)
-    assert "1 done" in ended.stdout and "20 not started" in ended.stdout
-
-
-# ------------------------------------------------------------------------------ --status, records
 
 
 def test_status_shows_how_far_each_run_is(tmp_path, capsys):
