@@ -41,7 +41,7 @@ def test_imports_run_downward(room):
 
 
 def test_files_and_functions_are_short():
-    """A file has at most 450 lines; a function of the method and its models 50 and 6 parameters."""
+    """A file has at most 450 lines; a function of the method and its models 50 and 7 parameters."""
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).parts
         if parts[0].startswith(".") or parts[0] == "tests":
@@ -54,7 +54,7 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef):
                 names = {arg.arg for arg in node.args.args + node.args.kwonlyargs} - {"self", "cls"}
                 lines = node.end_lineno - node.lineno + 1
-                assert len(names) <= 6 and lines <= 50, f"{path.name}: {node.name}"
+                assert len(names) <= 7 and lines <= 50, f"{path.name}: {node.name}"
 
 
 # ------------------------------------------------------------------------------ pages

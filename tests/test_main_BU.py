@@ -93,6 +93,7 @@ def test_BU_a_drop_of_exactly_deacc_is_one_whatever_the_rounding(search, model, 
     accuracies = [points(k)] * 10 + [points(k, less=60)]
     assert search(main_BU.find_ticket, 1, accuracies, {}, points(k))[2] == 11
     # a re-growth keeps the state after it: of two rounds, nothing being kept
+    pruning_utils.apply_mask(model, {})
     nothing = {name: torch.zeros_like(mask) for name, mask in pruning_utils.masks_of(model).items()}
     changes = {"base_sparsity": 30.0, "max_iter_prun": 2}
     found = search(main_BU.regrow, 2, [points(k), accuracies[-1]], changes, points(k), nothing)
