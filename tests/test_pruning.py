@@ -121,11 +121,6 @@ def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(device, coarse):
         assert count(masks) == count(kept) + outside
 
 
-def layers(*values):
-    """One layer for each list of numbers."""
-    return {f"layer{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}
-
-
 # 2.5 and 0.5: half to even, as Python's round
 COUNTS = [(5, 0.5, 2), (7, 0.5, 4), (3, 0.5, 2), (1, 0.5, 0), (10, 0.06, 1), (9, 0.2, 2)]
 COUNTS += [(10, 0.04, 0), (10, 0.96, 10), (10, 0.0, 0), (40_000, 1e-5, 0)]
@@ -139,29 +134,6 @@ def test_the_count_is_pythons_round(n, percent, pruned):
     assert n - count(found) == pruned
     gone, left = scores[found["a"] == 0], scores[found["a"] == 1]
     assert not len(gone) or not len(left) or gone.max() < left.min()
-
-
-EQUAL = [2.0, 2.0, 1.0, 3.0], [[2.0, 2.0], [2.0, 2.0]]
-ALL = [1] * 4, [[1, 1]] * 2
-
-
-@pytest.mark.parametrize(
-    "scores, masks, percent, kept, expected",
-    [
-        # round(0.5 * 7) = 4, without the one that is kept
-        (EQUAL, ALL, 0.5, ([1, 0, 0, 0], [[0, 0]] * 2), ([1, 0, 0, 1], [[0, 0], [1, 1]])),
-        # what is pruned already does not count, whatever its score
-        (([0, 9, 3, 4, 5, 6],), ([0, 0, 1, 1, 1, 1],), 0.5, None, ([0, 0, 0, 0, 1, 1],)),
-        # scores may be negative: the lowest go, not the smallest in magnitude
-        (([-1, 2], [-3, 0.5]), ([1, 1], [0, 1]), 0.4, None, ([0, 1], [0, 1])),
-    ],
-)
-def test_prune_by_hand(scores, masks, percent, kept, expected):
-    given = layers(*scores), layers(*masks)
-    before = copy.deepcopy(given)
-    found = pruning_utils.prune(*given, percent, kept and layers(*kept))
-    assert same(found, layers(*expected))
-    assert same(given[0], before[0]) and same(given[1], before[1])
 
 
 def test_random_scores_depend_on_seed_and_stream_alone(args):
@@ -220,12 +192,6 @@ def test_densities_of_regrown_masks(prunings, expected):
         found.append(grown[-1])
         assert all(bool((kept[name] >= before[name]).all()) for name in kept)
     assert found == expected
-
-
-def test_density_is_over_all_layers_and_densities_of_each():
-    masks = layers([1.0, 0.0, 0.0, 0.0], [1.0])
-    assert pruning_utils.density(masks) == 40.0 and pruning_utils.density({}) == 100.0
-    assert pruning_utils.densities(masks) == {"layer0": 25.0, "layer1": 100.0}
 
 
 # ------------------------------------------------------------------------------ masks in a model

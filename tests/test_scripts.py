@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -388,16 +387,3 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, seen, capsys):
             test_script.main(["--pretrained", copied, "--pruned", *flag.split()])
     with pytest.raises(UserError, match="add --pruned"):
         test_script.main(["--pretrained", copied])
-
-
-# ------------------------------------------------------------------------------ how they end
-
-
-@pytest.mark.parametrize("module", [main_TD, main_BU, main_CIL, main_train, test_script, dataset])
-def test_help_shows_how_to_use_it_and_an_unknown_flag_is_an_error(module, capsys):
-    with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
-    assert end.value.code == 0
-    assert f"python {Path(module.__file__).name}" in capsys.readouterr().out
-    with pytest.raises(UserError):
-        module.main(["--unknown"])

@@ -33,10 +33,10 @@ def make_pair(classifiers=5, arch="resnet18", device=CPU):
     return model.train(), copy.deepcopy(model).train()
 
 
-def random_masks(model, share=0.6):
+def random_masks(model):
     generator = torch.Generator().manual_seed(2)
     return {
-        name: (torch.rand(weight.shape, generator=generator) < share).float()
+        name: (torch.rand(weight.shape, generator=generator) < 0.6).float()
         for name, weight in pruning_utils.weights(model).items()
     }
 
@@ -85,10 +85,6 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def state_of(model):
-    return model if isinstance(model, dict) else model.state_dict()
-
-
 @pytest.fixture
 def in_float64(monkeypatch):
     """Batches are normalized in float64, so that a float64 network can be trained on them."""
@@ -104,7 +100,6 @@ def in_float64(monkeypatch):
     "k, sub, sizes, arch, merged, masked",
     [
         (1, 6, [6, 5, 1, 6], "resnet18", False, False),
-        (1, 6, [6, 5], "resnet18", False, True),
         (2, 6, [(6, 3, 3, 6), (2, 3, 1, 6), (1, 3, 3, 2)], "resnet18", False, False),
         (3, 7, [(7, 2, 4, 7), (3, 2, 1, 7), (7, 1, 4, 1)], "resnet18", False, True),
         (2, 6, [(6, 3, 3, 6), (2, 3, 1, 6)], "resnet32", False, True),
@@ -138,7 +133,7 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
         take_step(loss, optimizer)
         take_step(wanted, plain_optimizer)
         assert_close(gradients(ours), gradients(plain))
-        assert_close(state_of(ours), state_of(plain))
+        assert_close(ours.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
@@ -196,7 +191,6 @@ def epoch_of(task, args, stream="task3", epoch=1):
         (1, 9, [9, 9, 6], ()),  # small batches are not dropped
         (2, 40, [10, 10, 4], (5, 5, 10)),
         (3, 23, [5, 5, 5, 5, 4], (1, 3, 5)),
-        (3, 12, [3] * 8, (1, 2, 3)),
         (2, 400, [24], (50, 50, 100)),
     ],
 )
@@ -261,9 +255,6 @@ def test_training_images_are_augmented_and_unlabeled_ones_are_not(args, data, pu
 def test_a_seed_gives_the_same_numbers_for_good():
     """utils.derive_seed() is part of what a seed means; test_scripts pins what it is given."""
     assert utils.derive_seed(0, "task1", 1, "random") == 720498275269583395
-    assert torch.rand(1, generator=utils.make_generator(3, "x")).item() == pytest.approx(
-        0.4844493865966797
-    )
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -272,13 +263,12 @@ def test_a_seed_gives_the_same_numbers_for_good():
 def scripted(monkeypatch, accuracies):
     """Epochs that set conv1 to their number, and validations with the given accuracies.
 
-    Returns what was seen: the learning rate and optimizer of each epoch, and what was validated.
+    Returns the learning rate of each epoch, and on what was validated.
     """
-    seen, answers = {"lr": [], "splits": [], "optimizers": []}, iter(accuracies)
+    seen, answers = {"lr": [], "splits": []}, iter(accuracies)
 
     def train_epoch(model, optimizer, task, args, plan, epoch):
         seen["lr"].append(optimizer.param_groups[0]["lr"])
-        seen["optimizers"].append(optimizer)
         optimizer.step()  # without gradients nothing moves
         model.conv1.weight.data.fill_(epoch)
         return {"loss": 1.5, "new": 0.5}, 6
@@ -326,7 +316,6 @@ def test_the_learning_rate_is_that_of_multisteplr(milestones):
         ([30.0, 20.0, 10.0, 30.0], 1),
         ([0.0, 0.0, 10.0, 10.0], 3),
         ([0.0, 0.0, 0.0, 0.0], 1),
-        ([10.0, 20.0, 30.0, 40.0], 4),
     ],
 )
 def test_the_best_and_the_last_epoch_are_saved(
@@ -371,13 +360,12 @@ def test_with_0_epochs_of_retraining_the_model_is_measured_as_it_is(setting, arg
     for _ in range(2):  # the second time it is done already
         found = trainer.retrain(model, task, run, "round", "stream", data.test)
         assert (found.best, found.best_epoch, run.epochs) == (accuracy, 0, [])
-        assert_close(state_of(model), before)
+        assert_close(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch, bad):
+def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch):
     scripted(monkeypatch, [])
-    monkeypatch.setattr(trainer, "train_epoch", lambda *_: ({"loss": bad}, 1))
+    monkeypatch.setattr(trainer, "train_epoch", lambda *_: ({"loss": math.nan}, 1))
     with pytest.raises(UserError, match="--lr 0.01.*task2, epoch 1"):
         trainer.train_task(*setting, run, "task2", "task2")
     assert not checkpoints(run)
@@ -413,8 +401,7 @@ def test_a_task_equals_that_of_the_plain_code(
     found = trainer.train_task(ours, task, run, f"task{t}", "stream")
 
     x_val, y_val = (torch.cat(tensors) for tensors in zip(*val_images(data, t)))
-    steps = len(batches) // 3
-    best, best_state, optimizer, history = 0, None, plain_sgd(plain, 0.05), []
+    steps, optimizer, history, best = len(batches) // 3, plain_sgd(plain, 0.05), [], 0
     for epoch, lr in enumerate((0.05, 0.05, 0.005)):
         optimizer.param_groups[0]["lr"] = lr
         plain.train()
@@ -429,7 +416,7 @@ def test_a_task_equals_that_of_the_plain_code(
     assert found.best == pytest.approx(best)
     rows = [(row["lr"], row["loss"], row["accuracy"]) for row in run.epochs]
     assert rows == [pytest.approx(epoch) for epoch in history]
-    assert_close(state_of(ours), state_of(plain))
+    assert_close(ours.state_dict(), plain.state_dict())
     assert_close(found.best_state, best_state)
 
 
@@ -463,4 +450,4 @@ def test_accuracies_are_by_the_balanced_heads_so_far(args, device, run, data, in
     assert found["overall"] == 100 * sum(right) / sum(totals)
     of_task_t = sum(sum(row[2 * t - 2 :]) for row in confusion)
     assert found["recency"] == 100 * of_task_t / sum(totals)
-    assert_close(state_of(model), before)
+    assert_close(model.state_dict(), before)
