@@ -47,7 +47,9 @@ def random_masks(model, seed, share=0.5):
 
 def same(a, b):
     """Whether two dicts hold the same tensors; masks may be of the weights' dtype in a model."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].cpu().double(), b[k].double()) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].double().cpu(), b[k].double().cpu()) for k in a
+    )
 
 
 def count(masks):

@@ -100,15 +100,14 @@ def training(stream, t, kinds=("random", "new", "old", "unlabeled"), epochs=2):
 def plain_accuracies(path, data, t):
     """Test accuracies of tasks 1..t by the model in a checkpoint, image by image."""
     known, tensors = read_weights(path)
-    model = build_model(SimpleNamespace(**known, precision="fp32"))
+    model = build_model(SimpleNamespace(**known, precision="fp32")).to(data.pool.device)
     pruning_utils.load_state(model, tensors)
     accuracies = []
     for first in range(0, 2 * t, 2):
-        images = [data.test[c].cpu() for c in data.order[first : first + 2]]
+        images = [data.test[c] for c in data.order[first : first + 2]]
         labels = [label for label, x in enumerate(images, first) for _ in x]
-        x = reference.normalize(
-            torch.cat(images), *(s.flatten().tolist() for s in (data.mean, data.std))
-        )
+        mean, std = (each.flatten().tolist() for each in (data.mean, data.std))
+        x = reference.normalize(torch.cat(images).cpu(), mean, std).to(data.pool.device)
         accuracies.append(reference.accuracy(model, x.float(), labels, t))
     return accuracies
 

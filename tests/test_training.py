@@ -140,9 +140,9 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
 def test_training_does_not_change_the_heads_to_come(args, data, in_float64, t):
     """Nor does weight decay, though they have gradients of zeros here, from another pass."""
     model, _ = make_pair()
+    optimizer = trainer.make_optimizer(model, args, LR)
     for main_fc in (True, False):
         model(images(2, torch.Generator()), main_fc=main_fc).sum().mul(0).backward()
-    optimizer = trainer.make_optimizer(model, args, LR)
     before = copy.deepcopy(model.state_dict())
     unlabeled = (data.pool[:9], *torch.zeros(2, 9, 2 * t - 2, dtype=torch.float64))
     args.no_teaching = True
@@ -369,9 +369,6 @@ def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch):
     with pytest.raises(UserError, match="--lr 0.01.*task2, epoch 1"):
         trainer.train_task(*setting, run, "task2", "task2")
     assert not checkpoints(run)
-
-
-# ------------------------------------------------------------------------------ a whole task
 
 
 def val_images(data, t):
