@@ -40,7 +40,7 @@ CASES = [  # script, its flags, what the line must contain
     ("main_CIL.py", "--decreasing_lr 60,late", "--decreasing_lr", "'late'"),
     ("main_CIL.py", "--decreasing_lr '60;80'", "--decreasing_lr", "60;80"),
     ("main_TD.py", "--momentum 1", "--momentum", "'1'"),
-    ("main_BU.py", "--weight_decay -1e-4", "--weight_decay", "-1e-4"),
+    ("main_BU.py", "--weight_decay=-1e-4", "--weight_decay", "-1e-4"),
     ("main_CIL.py", "--width 0", "--width", "'0'"),
     ("main_TD.py", "--seed -1", "--seed", "'-1'"),
     ("main_CIL.py", f"--seed {HUGE}", "--seed"),
@@ -60,7 +60,7 @@ CASES = [  # script, its flags, what the line must contain
     # names and lists
     ("main_TD.py", "--prune_scheduler 1", "--prune_scheduler"),
     ("main_TD.py", "--prune_scheduler 1,-1", "--prune_scheduler", "'-1'"),
-    ("main_TD.py", "--prune_scheduler 1,99", "--prune_scheduler", "no weight is left"),
+    ("main_TD.py", "--percent 0.9 --prune_scheduler 3,3", "no weight is left"),
     ("main_TD.py", "--rewind back", "--rewind", "'back'"),
     ("main_BU.py", "--select_on train", "--select_on", "'train'"),
     ("main_BU.py", "--criterion gradient", "--criterion", "'gradient'"),

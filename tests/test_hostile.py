@@ -211,7 +211,6 @@ CASES = [
     ("ours.pt", flip),
     ("ours.pt", known(width="four")),
     ("ours.pt", known(class_names=None)),
-    ("ours.pt", known(class_order=[0, 1, 2, 99])),
     ("ours.pt", lambda case: saved({"args": 3, "state_dict": {"a": torch.zeros(1)}})),
     *(("soft/task1_img.npy", damage) for damage in (cut, text, archive, hostile, hostile_objects)),
     ("soft/task1_img.npy", header("'<f4'", "(1000000000000000, 3, 12, 12)")),
