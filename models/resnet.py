@@ -13,7 +13,6 @@ from torch import nn
 from models.base import LifelongNet
 from models.batchnorm import BatchNorm2d
 
-
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 

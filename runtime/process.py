@@ -1,7 +1,7 @@
 """The process of a script: how it ends, after an error or a signal."""
 
 import contextlib
-import os
+import io
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the console cannot encode
             stream.reconfigure(errors="backslashreplace")
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: tqdm would write to None
+    sys.stderr = sys.stderr or io.StringIO()  # closed: tqdm would write to None
     for name in STOPPING:
         signum = getattr(signal, name, None)  # Windows has two of them
         if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:
@@ -59,7 +59,7 @@ def run_script(main):
         if error.filename is not None:  # of a file: a programming error, unless it was caught
             raise
         # of a stream that is closed, or on a full disk; Python must not complain again at exit
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = None
         message, status = f"its output cannot be written ({first_line(error)}); {resume}", 2
     with contextlib.suppress(OSError):
         print(f"{Path(sys.argv[0]).name}: {one_line(message)}", file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ class Run:
         was, overwrite, wrote = self.read_journal(), self.args.overwrite, []
         if was and was["script"] != script:
             raise UserError(
-                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose another folder"
+                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose another"
             )
         if was and not overwrite:
             self.check_settings(was, settings)
@@ -307,7 +307,7 @@ class Run:
         save_text(self.path(f"{self.prefix}confusion.csv"), table)
 
     def close(self, matrix=None):
-        """Finish the run. matrix: the accuracies of all states, to be summarized. Returns results."""
+        """Finish the run. matrix: the accuracies of all states. Returns the results."""
         if matrix:
             records.summarize(self.results, matrix)
         records.write_results(self.folder, self.prefix, self.results)

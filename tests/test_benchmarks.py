@@ -52,16 +52,15 @@ def test_query_and_two_prunings(args):
 
 
 def test_benchmark_from_the_command_line(tmp_path, capsys):
-    """The ratios are those of the medians of its own times, printed and written."""
+    """The ratios are those of its own times, printed and written."""
     out = tmp_path / "bench.json"
-    flags = ["--device", "cpu", "--width", "1", "--repeats", "3", "--out", str(out)]
+    flags = ["--device", "cpu", "--width", "1", "--repeats", "1", "--out", str(out)]
     results = bench.main([*flags, "--rows", "kd_step,prune"])
     assert json.loads(out.read_text()) == results
     steps, prunings = results["rows"]
     assert [*steps["ratio"]] == ["fp32", "bf16"] and [*prunings["ratio"]] == ["fp32"]
     printed = capsys.readouterr().out
     for row in (steps, prunings):
-        medians = {way: sorted(turns)[1] for way, turns in row["turns"].items()}
         for way, ratio in row["ratio"].items():
-            assert ratio == medians["published"] / medians[way] > 0
+            assert ratio == row["turns"]["published"][0] / row["turns"][way][0] > 0
             assert f" {ratio:.2f} " in printed
