@@ -148,7 +148,7 @@ def test_a_signal_ends_a_run_with_its_status_and_one_line(
     if name == "SIGTERM":
         assert '"finished"' not in (tmp_path / "run/run.json").read_text()
         ended = scripts.run(commands["CIL"], tmp_path)
-        assert "task1: resumes after epoch 1 of 3" in ended.out
+        assert "task1: resumes after epoch 1\n" in ended.out
         assert outcome(tmp_path) == outcome(reference / "CIL")
 
 
@@ -163,20 +163,13 @@ def test_an_ignored_signal_stays_ignored(scripts, commands, tmp_path, name):
 # ------------------------------------------------------------------------------ a full disk
 
 
-@pytest.mark.parametrize(
-    ("size", "name"),
-    [(300, "run.json"), (3_000, "task0_checkpoint_weight.pt"), (230_000, "task1_checkpoint.pt")],
-)
-def test_a_full_disk_ends_the_run_and_with_room_it_resumes(
-    scripts, commands, reference, tmp_path, size, name
-):
-    """A limit on the size of files stands in for it; `name` is the first that is too large."""
-    ended = scripts.run(commands["CIL"], tmp_path, limit=size)
-    ended.check_error(f"run/{name}: cannot be written (File too large)")
-    assert not (tmp_path / "run" / name).exists() and not [*tmp_path.rglob("*.part")]
-    if name == "task1_checkpoint.pt":
-        assert scripts.run(commands["CIL"], tmp_path).status == 0
-        assert outcome(tmp_path) == outcome(reference / "CIL")
+def test_a_full_disk_ends_the_run_and_with_room_it_resumes(scripts, commands, reference, tmp_path):
+    """A limit on the size of files stands in for it."""
+    ended = scripts.run(commands["CIL"], tmp_path, limit=230_000)
+    ended.check_error("run/task1_checkpoint.pt: cannot be written (File too large)")
+    assert not [*tmp_path.rglob("*.part")]
+    assert scripts.run(commands["CIL"], tmp_path).status == 0
+    assert outcome(tmp_path) == outcome(reference / "CIL")
 
 
 @pytest.mark.parametrize(
@@ -209,10 +202,9 @@ def test_with_a_terminal_the_bits_are_the_same(scripts, commands, reference, tmp
     assert scripts.run(argv, tmp_path, out=terminal, err=terminal).status == 0
     reader.join(10)
     assert b"task2 1/3: " in b"".join(shown)  # a progress bar
-    found, expected = outcome(tmp_path), outcome(reference / "CIL")
-    for each in (found, expected):
-        del each["results.json"]["config"]["print_freq"]
-    assert found == expected
+    name = "run/task2_best_model.pt"
+    found, expected = (torch.load(each / name) for each in (tmp_path, reference / "CIL"))
+    assert plain(found) == plain(expected)
 
 
 # ------------------------------------------------------------------------------ other settings
@@ -274,7 +266,7 @@ def test_a_folder_of_another_run_is_left_alone(scripts, commands, finished):
         scripts.run([*commands["TD"], *flags], finished).check_error("a run of main_CIL.py")
     (run / "run.json").unlink()  # a record that nothing says how to resume
     before = processes.tree(finished)
-    scripts.run(commands["CIL"], finished).check_error("run/results.json", "--overwrite")
+    scripts.run(commands["CIL"], finished).check_error("run/results.json: is of another run")
     assert processes.tree(finished) == before
     assert scripts.run([*commands["CIL"], "--overwrite"], finished).status == 0
 
