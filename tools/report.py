@@ -87,7 +87,8 @@ def read_record(content, path, before):
     """
     script, own = content["script"], content["config"]
     method = next((bound for bound in ("joint", "finetune") if own.get(bound)), SCRIPTS[script])
-    config = {"seed": 0, "control": "none"} | (before[0]["config"] if before else {}) | own
+    first = before[0]["config"] if before else {"seed": 0}
+    config = first | {"control": "none"} | own
     record = {"path": path, "script": script, "config": config, "method": method}
     return record | {"flags": setting(config), "rows": state_rows(record, content["states"])}
 
