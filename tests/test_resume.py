@@ -311,8 +311,6 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(
     mine = [run / "notes.txt", run / "task9_best_model.pt", run / "data" / "other.npy"]
     for path in mine:
         path.write_text("mine")
-    half = run / ".task1_best_model.pt.0123abcd.part"  # of a killed run
-    half.write_text("half")
     argv = [*commands["CIL"], "--overwrite"]
     ended = scripts.run(argv, finished, stop=("trainer.train_epoch", 1, "SIGTERM"))
     assert ended.status == 143 and "give the same command without --overwrite" in ended.err
