@@ -110,7 +110,7 @@ def main(argv=None):
     pruning_utils.load_state(model, weights, masks={}, source=f"--weight {args.weight}")
     pruning_utils.check_masks(model, masks, f"--mask {args.mask}")
     masks = apply_control(model, masks, args, device)
-    data = dataset.load(args, device, pool=False)
+    data = dataset.load(args, device, pool=False, known=known)
     task = teaching.build_task(data, args, t)
     inputs = {"--weight": args.weight, "--mask": args.mask}
     inputs |= {path.name: path for path in teaching.soft_label_files(args, t)}

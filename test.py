@@ -71,7 +71,7 @@ def main(argv=None):
     device = flags.pick_device(args)
     model = build_model(args).to(device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
-    data = dataset.load(args, device, pool=False, splits=("test",))
+    data = dataset.load(args, device, pool=False, splits=("test",), known=known)
     results = records.new_results("test", args, data, model)
     print(records.run_summary(results, data, model), end="", flush=True)
     evaluated = evaluate(model, data.test, args.state, data, args.batch_size)

@@ -14,7 +14,7 @@ SPLITS = ("train", "val", "test", "exemplars")
 EXEMPLARS = 100  # of each class, a fixed part of train
 
 
-@dataclass(frozen=True)
+@dataclass
 class DatasetSpec:
     """All that is special to a dataset.
 
@@ -33,11 +33,10 @@ class DatasetSpec:
     exemplars: int = EXEMPLARS  # per class
     pool: str = "the dataset's own"  # what its pool is
     embedded: Path | None = None  # the file in this repository that holds it: never prepared
+    classes: int | None = field(init=False)  # in all; None: those of --source
 
-    @property
-    def classes(self):
-        """Number of classes in the official dataset; None if they are those of --source."""
-        return self.classifiers and self.classifiers * self.classes_per_classifier
+    def __post_init__(self):
+        self.classes = self.classifiers and self.classifiers * self.classes_per_classifier
 
 
 @dataclass

@@ -33,7 +33,9 @@ def resolve_tasks(args, total=None):
     spec = DATASETS[args.dataset]
     if spec.embedded and args.data:
         raise UserError(f"--data {args.data}: {args.dataset} is embedded; remove --data")
-    total = total or len(read_meta(set_folder(args)).get("names") or ()) or spec.classes
+    if not (total or spec.embedded):
+        total = len(read_meta(set_folder(args)).get("names") or ())
+    total = total or spec.classes
     if not total:
         raise not_prepared(args)
     tasks, classes = args.classifiers, args.classes_per_classifier

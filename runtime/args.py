@@ -215,7 +215,6 @@ def adopt(args, known, source):
             raise UserError(f"--{key} {given}: {source} has --{key} {known[key]}; remove --{key}")
         setattr(args, key, known[key])
     args.class_order = args.class_order or known["class_order"]
-    args.class_names = known["class_names"]  # dataset.load() compares them
 
 
 def finalize_args(args, save_dir=None):

@@ -39,8 +39,7 @@ def new_results(script, args, data, model):
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
         "script": script,
-        "config": {k: v for k, v in vars(args).items() if k != "class_names"}
-        | {"data": data.source},
+        "config": vars(args) | {"data": data.source},
         "class_order": data.order,
         "class_names": [str(data.names.get(c, c)) for c in data.order],
         "image_size": data.image_size,

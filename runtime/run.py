@@ -24,7 +24,7 @@ from runtime.files import file_checksum, save_text
 # round), or what they name is compared by its content.
 RESUME_IGNORED = {
     "save_dir", "save_data_path", "overwrite", "print_freq", "device", "gpu", "data", "class_order",
-    "class_names", "weight", "mask", "tensorboard",
+    "weight", "mask", "tensorboard",
 }  # fmt: skip
 SAVE_SECONDS = 60  # at most so often progress is saved
 RECORDS = "metrics.csv", "confusion.csv", "log_results.txt", "results.json", "run.json"
