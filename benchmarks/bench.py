@@ -1,13 +1,13 @@
 """Compare the speed of the published computation with ours.
 
     python benchmarks/bench.py                        all rows; about ten minutes on two cores
-    python benchmarks/bench.py --rows kd_step,prune   some of them
+    python benchmarks/bench.py --rows kd_step prune   some of them
     python benchmarks/bench.py --out bench.json       write the times as JSON too
 
 A row is measured in up to three ways: published (published.py), ours in fp32, and ours in bf16
 where that makes a difference. They take turns in one process, under the same settings of threads
 and memory; a time is the median of its turns. The images are random pixels, on which the time does
-not depend. On a CPU an epoch is one of fewer images, 16 steps.
+not depend. What loads and augments them is left out; metrics.csv of a run has its images a second.
 """
 
 import sys
@@ -19,16 +19,15 @@ from runtime.threads import setup_threads
 
 setup_threads()  # before torch is imported
 
-import argparse
 import json
 import statistics
 import time
 
 import published
 import torch
-from tqdm import tqdm
 
 import dataset
+import main_CIL
 import pruning_utils
 import teaching
 import trainer
@@ -37,30 +36,17 @@ from runtime.files import save_text
 from runtime.process import run_script
 
 WAYS = "published", "fp32", "bf16"
-TASKS, CLASSES, TRAIN, POOL = 5, 2, 4500, 50_000  # CIFAR-10
-T = 3  # the task of kd_step and epoch
+TASKS, CLASSES, POOL = 5, 2, 50_000  # CIFAR-10
+T = 3  # the task of kd_step
 
 
 def make_args(way, width):
-    """The defaults of the scripts."""
-    return argparse.Namespace(
-        arch="resnet18",
-        width=width,
-        precision="bf16" if way == "bf16" else "fp32",
-        classifiers=TASKS,
-        classes_per_classifier=CLASSES,
-        batch_size=256,
-        lr=0.01,
-        momentum=0.9,
-        weight_decay=5e-4,
-        merge_batchnorm=False,
-        print_freq=50,
-        seed=0,
-        no_teaching=True,  # what is distilled is random, see make_task()
-    )
+    """The defaults of the scripts. What is distilled is random, see make_task()."""
+    precision = "bf16" if way == "bf16" else "fp32"
+    return main_CIL.parse(["--no_teaching", "--width", str(width), "--precision", precision])
 
 
-def make_data(device, per_class):
+def make_data(device):
     """A dataset of random pixels with the shapes of CIFAR-10."""
     generator = torch.Generator().manual_seed(0)
 
@@ -68,7 +54,7 @@ def make_data(device, per_class):
         pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
         return pixels.to(device)
 
-    train = {c: images(per_class) for c in range(TASKS * CLASSES)}
+    train = {c: images(200) for c in range(TASKS * CLASSES)}
     return dataset.Data(
         source="random",
         classifiers=TASKS,
@@ -122,7 +108,7 @@ def descend(optimizer, loss):
 
 
 def task1_step(way, width, device):
-    args, data = make_args(way, width), make_data(device, per_class=200)
+    args, data = make_args(way, width), make_data(device)
     model, optimizer = make_network(way, args, device, prunings=0)
     images, y = data.select_tasks(data.train, 1, 1)
     x, y = dataset.normalize(images[: args.batch_size], data), y[: args.batch_size]
@@ -133,7 +119,7 @@ def task1_step(way, width, device):
 
 
 def kd_step(way, width, device):
-    args, data = make_args(way, width), make_data(device, per_class=200)
+    args, data = make_args(way, width), make_data(device)
     model, optimizer = make_network(way, args, device, prunings=2)
     sub = args.batch_size // 4
     task = make_task(args, data, sub)
@@ -153,26 +139,6 @@ def kd_step(way, width, device):
     if way == "published":
         return lambda: published.kd_step(model, optimizer, T, sub, *batch)
     return lambda: descend(optimizer, trainer.kd_loss(model, T, sub, batch)[0])
-
-
-def epoch(way, width, device):
-    """An epoch of task T with its data loading: 147 steps, 16 on a CPU."""
-    args = make_args(way, width)
-    data = make_data(device, per_class=300 if device.type == "cpu" else TRAIN)
-    model, optimizer = make_network(way, args, device, prunings=2)
-    task = make_task(args, data, 50 * 100 * CLASSES * (T - 1))
-    if way != "published":
-        plan = trainer.Plan("task3", "task3", 1, args.lr)
-        return lambda: trainer.train_epoch(model, optimizer, task, args, plan, 1)
-    labeled = [
-        published.Images(images.cpu(), labels.cpu(), data)
-        for images, labels in (task.random, task.new, task.old)
-    ]
-    images, *logits = (each.cpu() for each in task.unlabeled)
-    stored = torch.cat([dataset.normalize(x.to(device), data).cpu() for x in images.split(1000)])
-    unlabeled = published.Queried(stored.contiguous(), *logits)
-    sub = args.batch_size // 4
-    return lambda: published.kd_epoch(model, optimizer, T, sub, *labeled, unlabeled, device)
 
 
 def query(way, width, device):
@@ -196,7 +162,6 @@ ROWS = {
     "task1_step": (task1_step, 64, WAYS, 3),
     "kd_step": (kd_step, 64, WAYS, 5),
     "kd_step_width16": (kd_step, 16, WAYS, 20),
-    "epoch": (epoch, 64, WAYS, 1),
     "query": (query, 64, WAYS[:2], 1),
     "prune": (prune, 64, WAYS[:2], 1),
 }
@@ -220,55 +185,39 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def measure(name, device, width, repeats, bar):
-    """A row: {"name", "width", "seconds" {way: median}, "turns" {way: [..]}, "ratio" {way: times
-    as fast as published}}.
-    """
-    make, default_width, ways, times = ROWS[name]
-    width = width or default_width
+def measure(name, device, repeats):
+    """A row: name, width, seconds {way: median} and ratio {way: times as fast as published}."""
+    make, width, ways, times = ROWS[name]
     torch.manual_seed(0)
     works = {way: make(way, width, device) for way in ways}
     turns = {way: [] for way in ways}
     for _ in range(repeats):
         for way, work in works.items():
-            bar.set_postfix_str(f"{name} {way}")
             if times > 1:
                 work()  # the first step after another way's turn is slow
             turns[way].append(seconds_of(work, device, times))
-            bar.update()
     seconds = {way: statistics.median(each) for way, each in turns.items()}
     ratio = {way: seconds["published"] / seconds[way] for way in ways[1:]}
-    return {"name": name, "width": width, "seconds": seconds, "turns": turns, "ratio": ratio}
+    return {"name": name, "width": width, "seconds": seconds, "ratio": ratio}
 
 
-def table(rows):
-    """The rows as a Markdown table."""
-    lines = [
-        "| row | width | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [f"{row['seconds'][way]:.4g} s" if way in row["seconds"] else "" for way in WAYS]
-        cells += [f"{row['ratio'][way]:.2f}" if way in row["ratio"] else "" for way in WAYS[1:]]
-        lines.append(f"| {' | '.join([row['name'], str(row['width']), *cells])} |")
-    return "\n".join(lines)
+HEAD = """\
+| row | width | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 |
+|---|---|---|---|---|---|---|"""
 
 
-def row_names(text):
-    """An argparse type: names of rows, separated by commas."""
-    names = text.split(",")
-    for name in names:
-        if name not in ROWS:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ROWS)}, got {name!r}")
-    return names
+def line(row):
+    """A row as a line of a Markdown table."""
+    cells = [f"{row['seconds'][way]:.4g} s" if way in row["seconds"] else "" for way in WAYS]
+    cells += [f"{row['ratio'][way]:.2f}" if way in row["ratio"] else "" for way in WAYS[1:]]
+    return f"| {' | '.join([row['name'], str(row['width']), *cells])} |"
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--rows", type=row_names, default=[*ROWS], metavar="A,B,..", help=", ".join(ROWS))
+    flag("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=", ".join(ROWS))
     flag("--device", help="as in the scripts")
-    flag("--width", type=int_range(1), metavar="N", help="of all rows (default 64, and 16 in one)")
     flag("--repeats", type=int_range(1), default=3, metavar="N", help="turns (default %(default)s)")
     flag("--out", type=path, metavar="FILE", help="write the times as JSON")
     parser.set_defaults(gpu=None, deterministic=False)
@@ -279,14 +228,13 @@ def main(argv=None):
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rows": [],
     }
-    print(", ".join(f"{key} {value}" for key, value in results.items() if key != "rows"))
-    turns = sum(len(ROWS[name][2]) for name in args.rows) * args.repeats
-    with tqdm(total=turns, disable=None, leave=False) as bar:
-        for name in args.rows:
-            results["rows"].append(measure(name, device, args.width, args.repeats, bar))
-    print(table(results["rows"]))
+    print(", ".join(f"{key} {value}" for key, value in results.items()))
+    print(HEAD)
+    results["rows"] = []
+    for name in args.rows:
+        results["rows"].append(measure(name, device, args.repeats))
+        print(line(results["rows"][-1]), flush=True)
     if args.out:
         save_text(args.out, json.dumps(results, indent=1) + "\n")
     return results

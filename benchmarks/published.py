@@ -1,16 +1,12 @@
 """The published computation, written plainly from docs/METHOD.md, for bench.py to compare with.
 
-Images go through PIL in a Dataset; batches come from DataLoaders with two workers and pinned
-memory, restarted every epoch; each use of a sub-batch is its own forward pass; masks are those of
-torch.nn.utils.prune; and every batch ends with .item().
+Each use of a sub-batch is its own forward pass; masks are those of torch.nn.utils.prune; and every
+batch ends with .item().
 """
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.utils import prune as torch_prune
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 
 def plain(model):
@@ -20,51 +16,6 @@ def plain(model):
             module.shortcut[0].stride = (module.stride, module.stride)
             module.stride = 1
     return model
-
-
-class Images(Dataset):
-    """Labeled images through PIL: uint8 [n,H,W,3] and int64 [n], tensors on the CPU."""
-
-    def __init__(self, images, labels, data):
-        self.images, self.labels = images.numpy(), labels.tolist()
-        mean, std = data.mean.flatten().tolist(), data.std.flatten().tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomCrop(32, padding=data.pad),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-class Queried(Dataset):
-    """Queried images, stored in float32 and normalized, with the teacher's logits."""
-
-    def __init__(self, images, logits, logits_main):
-        self.tensors = images, logits, logits_main
-
-    def __len__(self):
-        return len(self.tensors[0])
-
-    def __getitem__(self, index):
-        return tuple(tensor[index] for tensor in self.tensors)
-
-
-def loader(images, batch_size):
-    pin = torch.cuda.is_available()  # has no effect elsewhere
-    return DataLoader(images, batch_size, shuffle=True, num_workers=2, pin_memory=pin)
-
-
-def endless(batches):
-    while True:
-        yield from batches
 
 
 # ------------------------------------------------------------------------------ training
@@ -98,21 +49,6 @@ def kd_step(model, optimizer, k, sub, random, new, old, unlabeled):
     loss = loss + distillation(model(u, k - 1, main_fc=False), stored)
     balanced = balanced + distillation(model(u, k - 1, main_fc=True), stored_main)
     return step(optimizer, loss + 0.5 * balanced)
-
-
-def kd_epoch(model, optimizer, k, sub, random, new, old, unlabeled, device):
-    """Train an epoch of task k > 1. random, new, old: Images; unlabeled: a Queried.
-
-    Returns the loss of each step.
-    """
-    model.train()
-    sizes = int(sub / k), int(sub * (k - 1) / k), sub
-    others = [endless(loader(x, size)) for x, size in zip((new, old, unlabeled), sizes)]
-    losses = []
-    for batches in zip(loader(random, sub), *others):
-        batches = [[tensor.to(device) for tensor in batch] for batch in batches]
-        losses.append(kd_step(model, optimizer, k, sub, *batches))
-    return losses
 
 
 # ------------------------------------------------------------------------------ the rest

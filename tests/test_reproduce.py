@@ -83,7 +83,7 @@ def test_flags_go_to_every_run():
         (["--flags", "--seed 7"], "--flags: --seed is set by the plan"),
         (["--flags=--precision bf16 --lr=0.1"], "--flags: --lr is set"),
         (["--flags", "--select_on val"], "--flags: --select_on is set"),
-        (["--flags", "'"], "argument --flags: expected"),
+        (["--flags", "'"], "argument --flags: invalid"),
         (["--out", "file"], "file"),
         (["--size", "rehearsal", "--data", "d"], "--data: a rehearsal"),
         (["--list", "--chain", "0"], "--chain"),
@@ -153,7 +153,7 @@ def test_a_failed_run_stops_the_others_and_is_the_first_to_run_again(tmp_path):
     first, waits = stand_in(tmp_path, "A"), stand_in(tmp_path, "C", awaits=str(tmp_path / "never"))
     with pytest.raises(UserError, match="B.txt: ends with status 1: --lr 9: too high"):
         run_all(tmp_path, first, stand_in(tmp_path, "B", status=1, needs="A"), waits)
-    assert (tmp_path / "logs" / "C.txt").read_text().endswith("status -15\n")  # SIGTERM
+    assert not (tmp_path / "C.json").exists()
     (tmp_path / "ran").unlink()
     assert run_all(tmp_path, first, stand_in(tmp_path, "B", needs="A")) == "B"
 
@@ -190,7 +190,7 @@ def test_a_stopped_chain_resumes(tmp_path):
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     (log,) = (tmp_path / "logs").glob("seed5*")
-    assert log.read_text().endswith("ended with status 143\n")
+    assert "stopped by SIGTERM" in log.read_text()
     subprocess.run(command, cwd=reproduce.ROOT, check=True)
     assert json.loads((folder / "run.json").read_text())["finished"]
 
@@ -198,32 +198,25 @@ def test_a_stopped_chain_resumes(tmp_path):
 def test_status_shows_how_far_each_run_is(tmp_path, capsys):
     flags = ["--seeds", "0,1", "--out", str(tmp_path)]
     jobs, _ = plan_of(*flags)
-    stopped, failed = (f"a line\n{reproduce.ENDED}{status}\n" for status in (143, 2))
-    long_ago = time.time() - 5000
-    left = {  # name: state, content of run.json, log, time of its last write
-        "seed0/TD": ("running", {}, "", None),
-        "seed0/CIL": ("done", {"finished": True, "seconds": 4000}, "", None),
-        "seed1/CIL": ("other flags", {"finished": True, "command": ["--width", "1"]}, "", None),
-        "seed0/BU": ("stopped", {}, stopped, None),
-        "seed1/BU": ("failed", {}, failed, None),
-        "seed1/TD": ("stopped", {}, "a line", (long_ago, long_ago)),  # killed
+    begun = {  # name: state, content of run.json, seconds since its last write
+        "seed0/TD": ("running", {}, 0),
+        "seed0/CIL": ("done", {"finished": True, "seconds": 4000}, 0),
+        "seed1/CIL": ("stopped", {"finished": True, "command": ["--width", "1"]}, 5000),
+        "seed1/TD": ("stopped", {}, 5000),
     }
-    (tmp_path / "logs").mkdir()
-    for job in [job for job in jobs if job.name in left]:
-        _, content, log, times = left[job.name]
+    for job in [job for job in jobs if job.name in begun]:
+        _, content, age = begun[job.name]
         content = {"seconds": 60, "stages": {"task1": {}}, "command": job.command[1:]} | content
         job.journal.parent.mkdir(parents=True)
         job.journal.write_text(json.dumps(content))
-        os.utime(job.journal, times)
-        (tmp_path / "logs" / f"{job.name.replace('/', '_')}.txt").write_text(log)
+        os.utime(job.journal, (time.time() - age, time.time() - age))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     reproduce.main([*flags, "--status"])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     _, *lines, summary = capsys.readouterr().out.splitlines()
     for job, line in zip(jobs, lines, strict=True):
-        assert job.name in line and left.get(job.name, ["not started"])[0] in line
-    assert "task1" in lines[0] and "1 h 07 min" in lines[1]
-    assert "1 done" in summary and "2 stopped" in summary and "1 failed" in summary
+        assert job.name in line and begun.get(job.name, ["not started"])[0] in line
+    assert "task1" in lines[0] and "1:06:40" in lines[1]
     # all but the done one, in dense runs of 4,000 s: 2 TD, 4 BU, 3 dense, 28 retrained
     assert summary.endswith(reproduce.duration(4000 * (2 * 1.4 + 4 * 2.5 + 3 + 28 * 0.15)))
 
@@ -231,10 +224,10 @@ def test_status_shows_how_far_each_run_is(tmp_path, capsys):
 def test_the_records_are_copied_and_compared(tmp_path, monkeypatch):
     parts = ("results.json", "metrics.csv", "confusion.csv")
     copied = [f"seed1/BU/{prefix}{part}" for prefix in ("", "retrain_task3_") for part in parts]
-    empty = "seed1/TD/results.json"  # it has just begun
-    for name in (*copied, empty, "seed1/BU/task1_best_model.pt", "seed2/BU/results.json"):
+    others = "seed1/BU/run.json", "seed1/BU/task1_best_model.pt", "seed2/BU/results.json"
+    for name in (*copied, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text('{"states": [1]}' if name != empty else '{"states": []}')
+        (tmp_path / name).touch()
     calls = []
     monkeypatch.setattr(report, "main", calls.append)
     reproduce.main(["--out", str(tmp_path), "--seeds", "1", "--report"])
@@ -242,6 +235,3 @@ def test_the_records_are_copied_and_compared(tmp_path, monkeypatch):
     found = sorted(str(path.relative_to(copies)) for path in copies.rglob("*.*"))
     assert found == sorted(copied)
     assert calls == [[str(copies / "seed1" / "BU"), "--out", str(copies)]]
-    (tmp_path / empty).write_text("{")
-    with pytest.raises(UserError, match="TD/results.json: is damaged"):
-        reproduce.main(["--out", str(tmp_path), "--seeds", "1", "--report"])

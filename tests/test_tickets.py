@@ -61,7 +61,7 @@ def network(arch="resnet18", width=4, share=0.2):
 def ticket():
     """The network of ticket.npz and ticket.pt in the current folder."""
     model = network()
-    packed.write("ticket.npz", ARGS, model.state_dict(), accuracy=[90.0, 80.0])
+    packed.write("ticket.npz", ARGS, model.state_dict())
     save_checkpoint("ticket.pt", {"args": ARGS, "state_dict": model.state_dict()})
     return model
 
@@ -212,7 +212,7 @@ def test_what_is_a_packed_file(ticket):
 
 def test_pack(ticket, capsys):
     header = run("pack ticket.pt --out new/a.npz")
-    assert header["args"] == ARGS and header["accuracy"] is header["command"] is None
+    assert header["args"] == ARGS
     assert f"{header['density']:.2f} % of its weights" in capsys.readouterr().out
     expected, found = (read_weights(path)[1] for path in ("ticket.pt", "new/a.npz"))
     assert torch.equal(found["conv1.weight_mask"], expected["conv1.weight_mask"])
@@ -228,20 +228,17 @@ def test_a_published_checkpoint_is_packed_with_flags():
 
 
 def test_a_run_s_ticket():
-    """Its accuracy is recorded, and test.py finds the same without flags."""
+    """test.py finds the accuracy of the run without flags."""
     flags = "--dataset digits --classifiers 1 --width 4 --class_order random:5 --epochs 1"
     results = main_TD.main(f"{flags} --prune_scheduler 1 --device cpu --save_dir TD".split())
     path, row = "TD/task2_best_model.pt", results["states"][-1]
     header = run(f"pack {path} --out ticket.npz")
-    assert (header["accuracy"], header["density"]) == (row["accuracy"], row["density"])
-    assert header["command"].startswith("main_TD.py")
+    assert header["density"] == row["density"]
     assert header["args"]["class_order"] == results["class_order"]
     tests = [f"--pretrained {name} --pruned --device cpu" for name in (path, "ticket.npz")]
     one, other = (test_script.main(argv.split())["states"][0] for argv in tests)
     for key in ("accuracy", "task_aware", "density", "layer_density", "cost"):
         assert one[key] == other[key] and one["accuracy"] == row["accuracy"]
-    Path(path).write_bytes(Path("TD/task1_best_model.pt").read_bytes())
-    assert run(f"pack {path} --out other.npz")["accuracy"] is None
 
 
 ERRORS = {
@@ -301,10 +298,7 @@ def test_onnx(ticket, monkeypatch, capsys):
     packed.write("other.npz", ARGS, network(share=0.5).state_dict())
     check_error(lambda: run("export other.npz --out a.onnx"), "a.onnx: differs from PyTorch by")
     assert not Path("a.onnx").exists()
-    # packages that are missing
-    monkeypatch.setattr(tickets, "find_spec", lambda name: name != "onnxruntime")
-    run("export ticket.npz --out a.onnx")
-    assert "not compared with PyTorch" in capsys.readouterr().out and Path("a.onnx").exists()
+    # a package that is missing
     monkeypatch.setattr(tickets, "find_spec", lambda name: name != "onnxscript")
     check_error(lambda: run("export ticket.npz --out b.onnx"), "requirements-extra.txt")
 
@@ -322,11 +316,10 @@ def test_classify(ticket, capsys):
     expected = logits(ticket, images).softmax(1)
     torch.testing.assert_close(shares[1:], expected)
     torch.testing.assert_close(shares[0], expected[0])  # the center square of the wide one
-    assert lines[0].split() == ["image", "class", "2nd", "3rd", "4th"]
     names = ["four", "two", "seven", "six"]
-    for line, picture, row in zip(lines[1:], ["wide.bmp", "0.png", "1.png", "2.png"], shares):
+    for line, picture, row in zip(lines, ["wide.bmp", "0.png", "1.png", "2.png"], shares):
         cells = [f"{names[i]} {100 * row[i]:.1f} %" for i in row.argsort(descending=True)]
-        assert re.split(r"  +", line) == [picture, *cells]
+        assert line == f"{picture}: {', '.join(cells)}"
     assert torch.equal(run("classify --pretrained ticket.pt 0.png"), shares[1:2])
     first = run("classify --pretrained ticket.npz --state 1 --top 9 0.png")
     torch.testing.assert_close(first, logits(ticket, images[:1], 1).softmax(1))

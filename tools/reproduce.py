@@ -4,7 +4,6 @@
     python -m tools.reproduce --size medium      all of CIFAR-10, a narrow network, few epochs
     python -m tools.reproduce --size full        the published protocol, for a GPU
     python -m tools.reproduce --size rehearsal   the same runs on the embedded digits, in minutes
-    python -m tools.reproduce --status           what is done, running, failed, and the time left
 
 For each of three seeds, by priority: the top-down tickets and the dense network; the bottom-up
 tickets, those of tasks 3 and 5 retrained (task-rewound), and their controls; the dense network
@@ -12,12 +11,8 @@ without lottery teaching; last, bottom-up tickets selected on test images. All s
 prune top-down at random and train the joint upper bound. Each run has a log in DIR/logs. At the end
 the records are copied to DIR/results and compared there (tools/report.py).
 
-On a cluster, prepare the dataset once and run the plan chain by chain (slurm/reproduce.sbatch), or
-give each line of --list to a scheduler:
-
-    python -m tools.reproduce --prepare          the dataset alone; shows the number of chains
-    python -m tools.reproduce --chain 0          a run that needs no other, and those that need it
-    python -m tools.reproduce --list             chain, name, need and command of each run
+On a cluster, prepare the dataset once (--prepare) and run the plan chain by chain; a chain is a run
+that needs no other and those that need it (slurm/reproduce.sbatch).
 """
 
 import json
@@ -28,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentTypeError
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +35,6 @@ from runtime.threads import quota_cores
 from tools import report
 
 ROOT = Path(__file__).parent.parent
-ENDED = "tools.reproduce: ended with status "  # the last line of the log of a run that has ended
 # {exit status: signal} of a run that was stopped; negative where it had not come to run_script()
 SIGNALS = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
 STOPPED = {status: signum for signum in SIGNALS for status in (128 + signum, -signum)}
@@ -61,17 +55,14 @@ class Size(NamedTuple):
 # 2.81 % = 0.8^16, as in the paper's Figure 4.
 BOTTOM_UP = "--percent 0.36 --max_iter_prun 13 --base_sparsity 97.5"
 SIZES = {
-    # 540 training images a class, a narrow network, 7 epochs. Batches are as large as published:
-    # in smaller ones BatchNorm normalizes only a few new images together, and the newest classes
-    # were hardly ever classified correctly.
+    # Batches are as large as published: with smaller ones BatchNorm saw only a few new images
+    # together, and the newest classes were hardly ever predicted correctly.
     "small": Size(
         data="--per_class 600",
         train="--device cpu --width 16 --epochs 7 --decreasing_lr 4,6 --lr 0.05 --batch_size 256",
         prune="--iter_epochs 1",
         bottom_up=BOTTOM_UP,
     ),
-    # All images, so that 72 steps or more lie between two prunings; batch size, momentum and weight
-    # decay are the published ones.
     "medium": Size(
         train="--arch resnet18 --width 16 --epochs 10 --decreasing_lr 6,8 --lr 0.02",
         prune="--iter_epochs 2",
@@ -85,7 +76,6 @@ SIZES = {
         bottom_up="--percent 0.8 --max_iter_prun 3 --base_sparsity 95",
     ),
 }
-# of all sizes
 SCHEDULE = "--prune_scheduler 1,1,3,4,5"  # of the paper's Figure 4: 4.40 % remain
 TICKETS = (3, 5)  # the tasks whose bottom-up tickets are retrained
 # What a run takes, very roughly, in dense runs; for the time left
@@ -158,14 +148,6 @@ def listing(jobs):
 # ------------------------------------------------------------------------------ the command line
 
 
-def flag_list(text):
-    """An argparse type: the flags of another command, as they are typed in a shell."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"expected flags as in a shell, got {text!r} ({error})") from None
-
-
 def parse(argv):
     parser = Parser(__doc__, "python -m tools.reproduce")
     flag = parser.add_argument
@@ -177,7 +159,7 @@ def parse(argv):
     message = "prepared dataset (default DIR/data, prepared if it is not there)"
     flag("--data", type=path, metavar="DIR", help=message)
     message = "more flags of every run, such as --flags='--precision bf16'"
-    flag("--flags", type=flag_list, default=[], metavar="FLAGS", help=message)
+    flag("--flags", type=shlex.split, default=[], metavar="FLAGS", help=message)
     message = "parallel runs (default: one per core for small and rehearsal; for --chain 1)"
     flag("--jobs", type=int_range(1, 64), metavar="N", help=message)
     flag = parser.add_argument_group("instead of running all").add_mutually_exclusive_group()
@@ -192,8 +174,6 @@ def parse(argv):
     embedded = SIZES[args.size].data is None
     if embedded and args.data:
         raise UserError("--data: a rehearsal uses the embedded digits; remove --data")
-    if not args.seeds:
-        raise UserError("argument --seeds: expected seeds such as 0,1,2, got an empty list")
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.out = Path(args.out or ("reproduce" if args.size == "small" else f"reproduce_{args.size}"))
     args.data = None if embedded else args.data or str(args.out / "data")
@@ -222,30 +202,14 @@ def prepare_data(args):
         raise UserError(f"--data {args.data}: cannot be used, see above")
 
 
-def read_json(path):
-    """What a run.json or results.json holds; an empty dict where there is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path}: is damaged; remove {path.parent} and run again") from None
-
-
-def is_done(job, journal):
-    """Whether a run's journal says that this very command has finished."""
-    return bool(journal.get("finished")) and journal.get("command") == job.command[1:]
+def read_journal(job):
+    """What the run.json of a Job holds, and whether that says that this very command is done."""
+    journal = json.loads(job.journal.read_text()) if job.journal.exists() else {}
+    return journal, "finished" in journal and journal["command"] == job.command[1:]
 
 
 def log_path(args, job):
     return args.out / "logs" / (job.name.replace("/", "_") + ".txt")
-
-
-def read_log(args, job):
-    """The lines of a run's log that are not blank."""
-    log = log_path(args, job)
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return [line for line in lines if line.strip()]
 
 
 def run_all(jobs, args):
@@ -253,7 +217,7 @@ def run_all(jobs, args):
 
     When one fails or a signal arrives, the others are stopped. Raises UserError, Interrupted.
     """
-    waiting, running = [job for job in jobs if not is_done(job, read_json(job.journal))], []
+    waiting, running = [job for job in jobs if not read_journal(job)[1]], []
     if not waiting:
         print("nothing left to run", flush=True)
     try:
@@ -270,9 +234,8 @@ def run_all(jobs, args):
     finally:
         for _, process in running:
             process.terminate()
-        for job, process in running:
-            with open(log_path(args, job), "a") as log:
-                print(f"{ENDED}{process.wait()}", file=log)
+        for _, process in running:
+            process.wait()
 
 
 def start(job, args):
@@ -285,79 +248,67 @@ def start(job, args):
 
 def check_end(job, status, args):
     """Raise UserError if a run has failed, Interrupted if a signal has stopped it."""
-    lines = read_log(args, job)
     if status in STOPPED:
         raise Interrupted(STOPPED[status])
     if status:
-        last = lines[-1] if lines else "no output"
-        raise UserError(f"{log_path(args, job)}: ends with status {status}: {last}")
-    results = [line for line in lines if line.startswith("state ")]
-    print(f"{job.name}: done; {results[-1] if results else ''}", flush=True)
+        log = log_path(args, job)
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"{log}: ends with status {status}: {last}")
+    print(f"{job.name}: done", flush=True)
 
 
 def compare_records(args):
     """Copy the records of all runs with a result to DIR/results, and compare them there."""
-    folders = set()
-    for seed in args.seeds:
-        for results in args.out.glob(f"seed{seed}/*/*results.json"):
-            if not read_json(results).get("states"):
-                continue
-            copy = args.out / "results" / results.parent.relative_to(args.out)
-            copy.mkdir(parents=True, exist_ok=True)
-            for name in ("results.json", "metrics.csv", "confusion.csv"):
-                record = results.with_name(results.name.replace("results.json", name))
-                if record.exists():
-                    shutil.copyfile(record, copy / record.name)
-            folders.add(str(copy))
-    if not folders:
+    found = [f for seed in args.seeds for f in args.out.glob(f"seed{seed}/*/*results.json")]
+    if not found:
         raise UserError(f"--out {args.out}: contains no results yet; run the plan first")
-    report.main([*sorted(folders), "--out", str(args.out / "results")])
+    copies = []
+    for folder in sorted({each.parent for each in found}):
+        copy = args.out / "results" / folder.relative_to(args.out)
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "metrics.csv", "confusion.csv"):
+            for record in folder.glob(f"*{name}"):
+                shutil.copyfile(record, copy / record.name)
+        copies.append(str(copy))
+    report.main([*copies, "--out", str(args.out / "results")])
 
 
 # ------------------------------------------------------------------------------ --status
 
 
-def state_of(job, journal, args):
-    """One of: done, done with other flags, failed, stopped, running, not started."""
-    if journal.get("finished"):
-        return "done" if is_done(job, journal) else "done with other flags"
-    lines = read_log(args, job)
-    if lines and lines[-1].startswith(ENDED):
-        return "stopped" if int(lines[-1].removeprefix(ENDED)) in STOPPED else "failed"
+def state_of(job, done):
+    """One of: done, running (on whatever machine), stopped, not started."""
+    if done:
+        return "done"
     metrics = job.journal.with_name(job.journal.name.replace("run.json", "metrics.csv"))
     written = [file.stat().st_mtime for file in (job.journal, metrics) if file.exists()]
-    if written and time.time() - max(written) < WRITES_SECONDS:
-        return "running"  # on whatever machine
-    return "stopped" if written or lines else "not started"
+    if not written:
+        return "not started"
+    return "running" if time.time() - max(written) < WRITES_SECONDS else "stopped"
 
 
 def show_status(jobs, args):
     """Print a line for each run, and an estimate of the time left. Changes nothing."""
     if not args.out.is_dir():
         raise UserError(f"--out {args.out}: no such folder, so nothing has run there yet")
-    row = "{:>5}  {:34}  {:21}  {:>10}  {}"
+    row = "{:>5}  {:34}  {:11}  {:>8}  {}"
     print(row.format("chain", "run", "state", "spent", "last stage"))
-    states, spent, cost, left = [], 0, 0, 0  # cost: of what is done, as in COST; left: of the rest
+    spent, cost, left = 0, 0, 0  # cost: of what is done, as in COST; left: of the rest
     for job in jobs:
-        journal = read_json(job.journal)
-        stages, seconds = [*journal.get("stages", ())], journal.get("seconds", 0)
-        states.append(state_of(job, journal, args))
-        last = stages[-1] if stages else ""
-        print(row.format(job.chain, job.name, states[-1], duration(seconds), last).rstrip())
-        if states[-1] == "done":
+        journal, done = read_journal(job)
+        last, seconds = ["", *journal.get("stages", [])][-1], journal.get("seconds", 0)
+        state = state_of(job, done)
+        print(row.format(job.chain, job.name, state, duration(seconds), last).rstrip())
+        if done:
             spent, cost = spent + seconds, cost + COST[job.command[0]]
         else:
             left += COST[job.command[0]]
-    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     estimate = duration(spent / cost * left) if cost else "unknown until a run is done"
-    print(f"{len(jobs)} runs: {', '.join(counts)}; time left, one after the other: {estimate}")
+    print(f"time left, one run after the other: {estimate}")
 
 
 def duration(seconds):
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    return str(timedelta(seconds=round(seconds)))
 
 
 # ------------------------------------------------------------------------------ all of it
