@@ -65,7 +65,7 @@ def reduce_pool(pool, origin, known, size=None, seed=0):
     if size:
         kept = np.sort(shuffle(np.array(kept), seed, "pool_size")[:size])
     print(
-        f"pool: {len(kept)} images of {origin}; left out: {equal} that are also in the dataset, "
-        f"{dropped['repeated']} duplicates" + ", the rest by --pool_size" * bool(size)
+        f"pool: {origin}: {len(pool)} images, less {equal} that are also in the dataset and "
+        f"{dropped['repeated']} duplicates" + f"; {len(kept)} are kept (--pool_size)" * bool(size)
     )
     return pool[kept], dropped
