@@ -157,6 +157,8 @@ def load(args, device, pool=True, splits=SPLITS, known=None):
     learned the same classes in the same order.
     """
     spec, folder = DATASETS[args.dataset], set_folder(args)
+    if spec.embedded and args.data:
+        raise UserError(f"--data {args.data}: {args.dataset} is embedded; remove --data")
     if not spec.embedded and not holds_set(args.dataset, folder):
         if args.data or not spec.classes:
             raise not_prepared(args)

@@ -60,11 +60,17 @@ def prune_once(model, masks, args, stream, kept=None):
     """The masks after one more pruning by --criterion and --percent; stream: see utils.py.
 
     The scores are of the current weights, unlike the published code's, which are of a cached
-    product of weight and mask. kept: as in prune().
+    product of weight and mask. kept: as in prune(). Raises UserError if no weight is left.
     """
     generator = utils.make_generator(args.seed, stream, "scores")
     scores = CRITERIA[args.criterion](weights(model), generator)
-    return prune(scores, masks, args.percent, kept)
+    pruned = prune(scores, masks, args.percent, kept)
+    if not any(mask.any() for mask in pruned.values()):
+        raise UserError(
+            f"--percent {args.percent:g}: no weight is left; choose fewer prunings or a smaller "
+            f"--percent"
+        )
+    return pruned
 
 
 def prune(scores, masks, percent, kept=None):

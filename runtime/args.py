@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +34,12 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+
+    def parse_args(self, argv=None):
+        for text in sys.argv[1:] if argv is None else argv:
+            if text.endswith("=--"):  # Python 3.11 makes an empty list of this, whatever the type
+                self.error(f"argument {text[:-3]}: expected one argument")
+        return super().parse_args(argv)
 
     def error(self, message):
         if "--per_class" in message and "unrecognized" in message:

@@ -6,13 +6,13 @@ from runtime.threads import setup_threads  # isort: skip
 
 setup_threads()  # before PyTorch is loaded
 
-import os
 from argparse import Namespace
 
 import processes
 import pytest
 import torch
 
+import main_BU
 from dataset import Data
 from datasets import prepare
 from models import build_model
@@ -36,54 +36,16 @@ def pytest_collection_modifyitems(items):
 def device(request):
     """The torch.device of --device in tests marked for it, in all others the CPU."""
     marked = request.node.get_closest_marker("device")
-    # cuBLAS reads it once, before the first product
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     name = request.config.getoption("--device") if marked else "cpu"
     return pick_device(Namespace(device=name, gpu=None, deterministic=False))
 
 
 @pytest.fixture
-def deterministic(device):
-    """The same bits every time, as with --deterministic (a CPU gives them anyway)."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
 def args(tmp_path, device):
     """The flags of a tiny run: 3 tasks of 2 classes."""
-    return Namespace(
-        dataset="digits",
-        data=None,
-        classifiers=3,
-        classes_per_classifier=2,
-        class_order=None,
-        unlabel_num=3,
-        no_teaching=False,
-        save_dir=str(tmp_path / "run"),
-        save_data_path=str(tmp_path / "run" / "data"),
-        epochs=2,
-        batch_size=24,
-        lr=0.01,
-        decreasing_lr=[1],
-        momentum=0.9,
-        weight_decay=5e-4,
-        merge_batchnorm=False,
-        iter_epochs=1,
-        percent=0.2,
-        width=4,
-        seed=0,
-        print_freq=50,
-        arch="resnet18",
-        precision="fp32",
-        device=str(device),
-        gpu=None,
-        deterministic=False,
-        criterion="magnitude",
-        overwrite=False,
-        tensorboard=False,
-    )
+    flags = "--dataset digits --classifiers 3 --width 4 --epochs 2 --batch_size 24 --unlabel_num 3"
+    flags += f" --decreasing_lr 1 --iter_epochs 1 --device {device}"
+    return main_BU.parse([*flags.split(), "--save_dir", str(tmp_path / "run")])
 
 
 @pytest.fixture

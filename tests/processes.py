@@ -102,8 +102,8 @@ def write_published(folder):
 
 def tree(folder):
     """{path: content} of all files in a folder but locks."""
-    paths = sorted(path for path in folder.rglob("*") if not path.name.endswith("lock"))
-    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path: path.read_bytes() for path in paths if not path.name.endswith("lock")}
 
 
 # ------------------------------------------------------------------------------ the server
@@ -135,7 +135,7 @@ def prepare(
     for descriptor, name, path in ((1, "stdout", out), (2, "stderr", err)):
         if path:
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-            getattr(sys, name).reconfigure(encoding=encoding, errors="strict")
+            setattr(sys, name, open(descriptor, "w", 1, encoding))  # noqa: SIM115
         else:
             setattr(sys, name, None)
             os.close(descriptor)

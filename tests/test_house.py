@@ -35,13 +35,12 @@ def test_imports_run_downward(room):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            imported = {name.partition(".")[0] for name in names}
-            ours = imported & {*ROOMS, "tools", "tests", "benchmarks"}
+            ours = {name.partition(".")[0] for name in names} & {*ROOMS, "tools", "benchmarks"}
             assert ours <= ROOMS[room], f"{source.name} imports {ours - ROOMS[room]}"
 
 
 def test_files_and_functions_are_short():
-    """A file has at most 450 lines; a function of the method and its models 50 and 6 parameters."""
+    """A file has at most 450 lines; a function of the method and its models 50 and 7 parameters."""
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).parts
         if parts[0].startswith(".") or parts[0] == "tests":
@@ -54,7 +53,7 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef):
                 names = {arg.arg for arg in node.args.args + node.args.kwonlyargs} - {"self", "cls"}
                 lines = node.end_lineno - node.lineno + 1
-                assert len(names) <= 6 and lines <= 50, f"{path.name}: {node.name}"
+                assert len(names) <= 7 and lines <= 50, f"{path.name}: {node.name}"
 
 
 # ------------------------------------------------------------------------------ pages

@@ -47,7 +47,9 @@ def random_masks(model, seed, share=0.5):
 
 def same(a, b):
     """Whether two dicts hold the same tensors; masks may be of the weights' dtype in a model."""
-    return a.keys() == b.keys() and all(torch.equal(a[k].cpu().double(), b[k].double()) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].double().cpu(), b[k].double().cpu()) for k in a
+    )
 
 
 def count(masks):
@@ -121,11 +123,6 @@ def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(device, coarse):
         assert count(masks) == count(kept) + outside
 
 
-def layers(*values):
-    """One layer for each list of numbers."""
-    return {f"layer{i}": torch.tensor(v, dtype=torch.float32) for i, v in enumerate(values)}
-
-
 # 2.5 and 0.5: half to even, as Python's round
 COUNTS = [(5, 0.5, 2), (7, 0.5, 4), (3, 0.5, 2), (1, 0.5, 0), (10, 0.06, 1), (9, 0.2, 2)]
 COUNTS += [(10, 0.04, 0), (10, 0.96, 10), (10, 0.0, 0), (40_000, 1e-5, 0)]
@@ -141,50 +138,16 @@ def test_the_count_is_pythons_round(n, percent, pruned):
     assert not len(gone) or not len(left) or gone.max() < left.min()
 
 
-EQUAL = [2.0, 2.0, 1.0, 3.0], [[2.0, 2.0], [2.0, 2.0]]
-ALL = [1] * 4, [[1, 1]] * 2
-
-
-@pytest.mark.parametrize(
-    "scores, masks, percent, kept, expected",
-    [
-        # 4 of 8: the 1, and the first three of six equal scores
-        (EQUAL, ALL, 0.5, None, ([0, 0, 0, 1], [[0, 1], [1, 1]])),
-        # round(0.5 * 7) = 4, without the one that is kept
-        (EQUAL, ALL, 0.5, ([1, 0, 0, 0], [[0, 0]] * 2), ([1, 0, 0, 1], [[0, 0], [1, 1]])),
-        # what is pruned already does not count, whatever its score
-        (([0, 9, 3, 4, 5, 6],), ([0, 0, 1, 1, 1, 1],), 0.5, None, ([0, 0, 0, 0, 1, 1],)),
-        # a remaining score of 0 counts like any other
-        (([5, 0, 0, 1],), ([1, 1, 1, 1],), 0.25, None, ([1, 0, 1, 1],)),
-        # scores may be negative: the lowest go, not the smallest in magnitude
-        (([-1, 2], [-3, 0.5]), ([1, 1], [0, 1]), 0.4, None, ([0, 1], [0, 1])),
-    ],
-)
-def test_prune_by_hand(scores, masks, percent, kept, expected):
-    given = layers(*scores), layers(*masks)
-    before = copy.deepcopy(given)
-    found = pruning_utils.prune(*given, percent, kept and layers(*kept))
-    assert same(found, layers(*expected))
-    assert same(given[0], before[0]) and same(given[1], before[1])
-
-
 def test_random_scores_depend_on_seed_and_stream_alone(args):
-    args.criterion = "random"
-
-    def pruned(stream="stream", model_seed=0):
-        model = make(model_seed)
+    def pruned(criterion="random", seed=0, stream="stream", model_seed=0):
+        args.criterion, args.seed, model = criterion, seed, make(model_seed)
         return pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, stream)
 
     first = pruned()
     torch.manual_seed(99)
     assert same(pruned(model_seed=1), first)  # the weights make no difference
-    others = [pruned("other stream")]
-    args.seed = 1
-    others.append(pruned())
-    args.criterion = "magnitude"
-    others.append(pruned())
-    assert not any(torch.equal(other["conv1"], first["conv1"]) for other in others)
-    assert count(first) == count(others[-1])
+    for other in (pruned("magnitude"), pruned(seed=1), pruned(stream="other")):
+        assert not torch.equal(other["conv1"], first["conv1"]) and count(other) == count(first)
     for name, mask in first.items():  # every layer loses about a fifth
         assert abs(mask.mean() - 0.8) < 5 * (0.16 / mask.numel()) ** 0.5, name
 
@@ -231,14 +194,6 @@ def test_densities_of_regrown_masks(prunings, expected):
         found.append(grown[-1])
         assert all(bool((kept[name] >= before[name]).all()) for name in kept)
     assert found == expected
-
-
-def test_density_is_over_all_layers_and_densities_of_each():
-    masks = layers([1.0, 0.0, 0.0, 0.0], [1.0])
-    assert pruning_utils.density(masks) == 40.0 and pruning_utils.density({}) == 100.0
-    assert pruning_utils.densities(masks) == {"layer0": 25.0, "layer1": 100.0}
-    assert "40.00 %" in pruning_utils.describe(masks)
-    assert "layer1" in pruning_utils.describe(layers([1.0], [0.0]))  # it is left without a weight
 
 
 # ------------------------------------------------------------------------------ masks in a model
@@ -305,100 +260,66 @@ def test_load_state_from_dense_or_pruned_into_dense_or_pruned(from_pruned, into_
     assert same(source.state_dict(), before)  # the models share no tensors
 
 
-def changed(key, value):
-    """The state dict of the network of width 4 with another tensor for `key`."""
-    return {**make(0).state_dict(), key: value}
-
-
-CONV = torch.zeros(4, 3, 3, 3)
-MISFITS = {
-    "--arch": lambda: ResNet32(2, 3, 4).double().state_dict(),
-    "--width": lambda: make(0, width=8).state_dict(),
-    "more.weight": lambda: changed("more.weight", torch.zeros(2)),
-    "conv1.weight is not finite": lambda: changed("conv1.weight", CONV.double() / 0),
-    "mask file": lambda: pruning_utils.mask_state(random_masks(make(0), 0)),
-}
-
-
-@pytest.mark.parametrize("fragment", MISFITS)
-def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(fragment):
+def test_what_does_not_fit_is_an_error_and_changes_nothing():
     model = make(7)
-    pruning_utils.apply_mask(model, random_masks(model, 0))
+    state, masks = pruning_utils.clone_state(model), random_masks(model, 0)
+    wrong = masks["conv1"].clone()
+    wrong[0, 0, 0, 0] = 0.5
+    nan = torch.full_like(state["conv1.weight"], torch.nan)
+    less = {name: mask for name, mask in masks.items() if name != "layer3.0.conv2"}
+    cases = [
+        (ResNet32(2, 3, 4).double().state_dict(), None, "--arch"),
+        (make(0, width=8).state_dict(), None, "--width"),
+        (ResNet18(2, 4, 4).double().state_dict(), None, "--classifiers"),
+        ({**state, "more.weight": torch.zeros(2)}, None, "more.weight"),
+        ({**state, "conv1.weight": nan}, None, "conv1.weight is not finite"),
+        (pruning_utils.mask_state(masks), None, "mask file"),
+        (state, random_masks(make(12, width=8), 0), "--width"),
+        (state, less, "layer3.0.conv2"),
+        (state, {**masks, "layer5": torch.ones(1)}, "layer5"),
+        (state, {**masks, "conv1": wrong}, "conv1"),
+        (state, {**masks, "conv1": nan}, "conv1"),
+    ]
+    pruning_utils.load_state(model, state, masks)  # these fit
     before = pruning_utils.clone_state(model)
-    with pytest.raises(UserError) as error:
-        pruning_utils.load_state(model, MISFITS[fragment](), source="W.pt")
-    assert str(error.value).startswith("W.pt: ") and fragment in str(error.value)
-    assert same(pruning_utils.clone_state(model), before)
-
-
-def bad_masks(kind):
-    """Masks that do not fit the network of width 4."""
-    masks = random_masks(make(12), 0)
-    if kind == "--width":
-        return random_masks(make(12, width=8), 0)
-    if kind == "missing":
-        return {name: mask for name, mask in masks.items() if name != "layer3.0.conv2"}
-    if kind == "more":
-        return {**masks, "layer5": torch.ones(1)}
-    masks["layer1.1.conv1"][0, 0, 0, 0] = float(kind)
-    return masks
-
-
-@pytest.mark.parametrize("kind", ["--width", "missing", "more", "0.5", "nan"])
-def test_masks_of_another_network_or_of_other_numbers_are_an_error(kind):
-    model = make(12)
-    pruning_utils.apply_mask(model, random_masks(model, 1))
-    before = pruning_utils.clone_state(model)
-    with pytest.raises(UserError, match="^M.pt: .*mask"):
-        pruning_utils.load_state(model, before, bad_masks(kind), source="M.pt")
-    assert same(pruning_utils.clone_state(model), before)
-    pruning_utils.check_masks(model, pruning_utils.masks_of(model), "M.pt")  # these fit
+    for bad, bad_masks, fragment in cases:
+        with pytest.raises(UserError, match=f"^W.pt: .*{fragment}"):
+            pruning_utils.load_state(model, bad, bad_masks, source="W.pt")
+        assert same(pruning_utils.clone_state(model), before)
 
 
 # ------------------------------------------------------------------------------ rewind
 
 
-@pytest.fixture
-def rewound(args, run):
-    """Rewind a pruned model as --rewind says: its state before and after, and the sources."""
-    initial = trainer.make_model(args, CPU)
+def test_rewinding_sets_the_convolutions_alone(args, run):
+    initial, model, best = trainer.make_model(args, CPU), make(10).float(), make(11).float()
     run.save_checkpoint("task0_checkpoint_weight.pt", {"state_dict": initial.state_dict()}, None)
-    model, best = make(10).float(), make(11).float()
     pruning_utils.apply_mask(model, random_masks(model, 0, 0.3))
     pruning_utils.apply_mask(best, random_masks(best, 1, 0.7))
     before = pruning_utils.clone_state(model)
+    trained = [key for key in before if key.endswith("weight_orig")]
     sources = {"zero": initial.state_dict(), "best": best.state_dict(), "finetune": before}
 
-    def rewind(kind, t=2):
-        args.rewind = kind
+    def rewind(kind, t=2, seed=0):
+        args.rewind, args.seed = kind, seed
         pruning_utils.load_state(model, before)
         main_TD.rewind(model, t, best.state_dict(), run)
-        return pruning_utils.clone_state(model)
-
-    return rewind, before, {kind: dense_state(state) for kind, state in sources.items()}
-
-
-def test_each_kind_of_rewinding_sets_the_convolutions_alone(rewound):
-    rewind, before, sources = rewound
-    trained = [key for key in before if key.endswith("weight_orig")]
-    for kind in ("zero", "best", "finetune", "rand"):
-        after = rewind(kind)
+        after = pruning_utils.clone_state(model)
         others = before.keys() - trained  # masks, BatchNorm, heads
-        assert len(trained) == 20 and after.keys() == before.keys()
-        assert all(torch.equal(after[key], before[key]) for key in others)
-        for key in trained if kind in sources else ():
-            assert torch.equal(after[key], sources[kind][key.replace("weight_orig", "weight")])
+        assert len(trained) == 20 and same(
+            {k: after[k] for k in others}, {k: before[k] for k in others}
+        )
+        return {key.replace("weight_orig", "weight"): after[key] for key in trained}
 
-
-def test_rand_is_new_and_depends_only_on_seed_and_task(args, rewound):
-    rewind, before, _ = rewound
-    first = rewind("rand")
+    for kind, source in sources.items():
+        found = rewind(kind)
+        assert same(found, {key: dense_state(source)[key] for key in found})
+    # new random weights depend on seed and task alone
+    new = rewind("rand")
     torch.manual_seed(2)
-    assert same(rewind("rand"), first)
-    others = [rewind("zero"), rewind("rand", t=3)]
-    args.seed = 1
-    others.append(rewind("rand"))
-    for key in (key for key in before if key.endswith("weight_orig")):
-        assert not any(torch.equal(first[key], other[key]) for other in others)
-        bound = first[key][0].numel() ** -0.5  # PyTorch's default: uniform within 1/sqrt(fan-in)
-        assert 0.8 * bound < first[key].abs().max() <= bound * 1.0001
+    assert same(rewind("rand"), new)
+    others = [rewind("zero"), rewind("rand", t=3), rewind("rand", seed=1)]
+    for key, weight in new.items():
+        assert not any(torch.equal(weight, other[key]) for other in others)
+        bound = weight[0].numel() ** -0.5  # PyTorch's default: uniform within 1/sqrt(fan-in)
+        assert 0.8 * bound < weight.abs().max() <= bound * 1.0001

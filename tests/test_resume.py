@@ -3,11 +3,14 @@
 Each must end with the files of the uninterrupted run (outcome()).
 """
 
+import fcntl
 import json
 import os
 import pty
 import shutil
 import signal
+import struct
+import termios
 import threading
 
 import processes
@@ -21,7 +24,7 @@ TEACHING = f"{FLAGS} --unlabel_num 2 "
 COMMANDS = {
     "CIL": f"main_CIL.py {TEACHING}",
     "TD": f"main_TD.py {TEACHING} --iter_epochs 2 --prune_scheduler 1,3 --rewind rand",
-    "BU": f"main_BU.py {TEACHING} --iter_epochs 1 --max_iter_prun 3 --base_sparsity 40 "
+    "BU": f"main_BU.py {TEACHING} --iter_epochs 1 --max_iter_prun 2 --base_sparsity 40 "
     "--deacc 200 --accept_decay -100 --criterion random",
     # retrains a ticket in the folder of BU
     "train": f"main_train.py {FLAGS} --weight run/task1_best_model.pt --mask run/mask-2.pt",
@@ -40,9 +43,8 @@ KILLS = {
     "in the second task": ("torch.optim.SGD.step", 9),
     "as the records are written": ("runtime.run.Run.close", 1),
 }
-TICKETS = {"as a ticket is made"}
-QUERIES = {"in the query", "as soft labels are written", "after a task"}
-SKIPPED = {"CIL": TICKETS, "TD": set(), "BU": set(), "train": TICKETS | QUERIES}
+SKIPPED = {"CIL": {"as a ticket is made"}, "TD": {}, "BU": {}}
+SKIPPED["train"] = {*KILLS} - {*[*KILLS][:4], "as the records are written"}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,6 @@ def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(
             stop = function, number, "SIGKILL"
             ended = scripts.run(commands[name], folder, stop=stop, save_seconds=0)
             assert ended.status == -signal.SIGKILL, (moment, ended)
-    assert "finished" not in json.loads([*(folder / "run").glob("*run.json")][-1].read_text())
     ended = scripts.run(commands[name], folder)
     assert ended.status == 0 and "resumes after" in ended.out
     assert outcome(folder) == outcome(reference / name)
@@ -145,8 +146,9 @@ def test_a_signal_ends_a_run_with_its_status_and_one_line(
     assert ended.status == 128 + signal.Signals[name]
     assert ended.err == f"main_CIL.py: stopped by {name}; give the same command to resume\n"
     if name == "SIGTERM":
+        assert '"finished"' not in (tmp_path / "run/run.json").read_text()
         ended = scripts.run(commands["CIL"], tmp_path)
-        assert "task1: resumes after epoch 1 of 3" in ended.out
+        assert "task1: resumes after epoch 1\n" in ended.out
         assert outcome(tmp_path) == outcome(reference / "CIL")
 
 
@@ -158,29 +160,16 @@ def test_an_ignored_signal_stays_ignored(scripts, commands, tmp_path, name):
     assert (ended.status, ended.err) == (0, "")
 
 
-def test_a_stopped_run_that_started_over_says_how_to_resume(scripts, commands, finished):
-    argv = [*commands["CIL"], "--overwrite"]
-    ended = scripts.run(argv, finished, stop=("torch.optim.SGD.step", 2, "SIGTERM"))
-    assert ended.status == 143 and "give the same command without --overwrite" in ended.err
-
-
 # ------------------------------------------------------------------------------ a full disk
 
 
-@pytest.mark.parametrize(
-    ("size", "name"),
-    [(300, "run.json"), (3_000, "task0_checkpoint_weight.pt"), (230_000, "task1_checkpoint.pt")],
-)
-def test_a_full_disk_ends_the_run_and_with_room_it_resumes(
-    scripts, commands, reference, tmp_path, size, name
-):
-    """A limit on the size of files stands in for it; `name` is the first that is too large."""
-    ended = scripts.run(commands["CIL"], tmp_path, limit=size)
-    ended.check_error(f"run/{name}: cannot be written (File too large)")
-    assert not (tmp_path / "run" / name).exists() and not [*tmp_path.rglob("*.part")]
-    if name == "task1_checkpoint.pt":
-        assert scripts.run(commands["CIL"], tmp_path).status == 0
-        assert outcome(tmp_path) == outcome(reference / "CIL")
+def test_a_full_disk_ends_the_run_and_with_room_it_resumes(scripts, commands, reference, tmp_path):
+    """A limit on the size of files stands in for it."""
+    ended = scripts.run(commands["CIL"], tmp_path, limit=230_000)
+    ended.check_error("run/task1_checkpoint.pt: cannot be written (File too large)")
+    assert not [*tmp_path.rglob("*.part")]
+    assert scripts.run(commands["CIL"], tmp_path).status == 0
+    assert outcome(tmp_path) == outcome(reference / "CIL")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +188,7 @@ def test_output_that_goes_nowhere(scripts, commands, tmp_path, out, err, status)
 
 def test_with_a_terminal_the_bits_are_the_same(scripts, commands, reference, tmp_path):
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     shown = []
 
     def read():
@@ -212,10 +202,9 @@ def test_with_a_terminal_the_bits_are_the_same(scripts, commands, reference, tmp
     assert scripts.run(argv, tmp_path, out=terminal, err=terminal).status == 0
     reader.join(10)
     assert b"task2 1/3: " in b"".join(shown)  # a progress bar
-    found, expected = outcome(tmp_path), outcome(reference / "CIL")
-    for each in (found, expected):
-        del each["results.json"]["config"]["print_freq"]
-    assert found == expected
+    name = "run/task2_best_model.pt"
+    found, expected = (torch.load(each / name) for each in (tmp_path, reference / "CIL"))
+    assert plain(found) == plain(expected)
 
 
 # ------------------------------------------------------------------------------ other settings
@@ -277,7 +266,7 @@ def test_a_folder_of_another_run_is_left_alone(scripts, commands, finished):
         scripts.run([*commands["TD"], *flags], finished).check_error("a run of main_CIL.py")
     (run / "run.json").unlink()  # a record that nothing says how to resume
     before = processes.tree(finished)
-    scripts.run(commands["CIL"], finished).check_error("run/results.json", "--overwrite")
+    scripts.run(commands["CIL"], finished).check_error("run/results.json: is of another run")
     assert processes.tree(finished) == before
     assert scripts.run([*commands["CIL"], "--overwrite"], finished).status == 0
 
@@ -322,11 +311,9 @@ def test_overwrite_removes_what_the_run_wrote_and_nothing_else(
     mine = [run / "notes.txt", run / "task9_best_model.pt", run / "data" / "other.npy"]
     for path in mine:
         path.write_text("mine")
-    half = run / ".task1_best_model.pt.0123abcd.part"  # of a killed run
-    half.write_text("half")
     argv = [*commands["CIL"], "--overwrite"]
-    ended = scripts.run(argv, finished, stop=("trainer.train_epoch", 1, "SIGKILL"))
-    assert ended.status == -signal.SIGKILL
+    ended = scripts.run(argv, finished, stop=("trainer.train_epoch", 1, "SIGTERM"))
+    assert ended.status == 143 and "give the same command without --overwrite" in ended.err
     left = {path.name for path in run.rglob("*.*") if not path.name.endswith("lock")}
     ours = {"run.json", "task0_checkpoint_weight.pt"}
     assert left == ours | {path.name for path in mine}

@@ -4,7 +4,6 @@ import copy
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import reference
 import torch
@@ -15,10 +14,7 @@ import teaching
 import trainer
 import utils
 from models import BACKBONES
-from runtime import run as runtime_run
 from runtime.errors import UserError
-from runtime.records import read_epochs
-from runtime.run import Run
 
 CPU = torch.device("cpu")
 # float64: far above rounding, far below any mistake; what was read from a file is on the CPU
@@ -37,10 +33,10 @@ def make_pair(classifiers=5, arch="resnet18", device=CPU):
     return model.train(), copy.deepcopy(model).train()
 
 
-def random_masks(model, share=0.6):
+def random_masks(model):
     generator = torch.Generator().manual_seed(2)
     return {
-        name: (torch.rand(weight.shape, generator=generator) < share).float()
+        name: (torch.rand(weight.shape, generator=generator) < 0.6).float()
         for name, weight in pruning_utils.weights(model).items()
     }
 
@@ -89,10 +85,6 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def state_of(model):
-    return model if isinstance(model, dict) else model.state_dict()
-
-
 @pytest.fixture
 def in_float64(monkeypatch):
     """Batches are normalized in float64, so that a float64 network can be trained on them."""
@@ -108,7 +100,6 @@ def in_float64(monkeypatch):
     "k, sub, sizes, arch, merged, masked",
     [
         (1, 6, [6, 5, 1, 6], "resnet18", False, False),
-        (1, 6, [6, 5], "resnet18", False, True),
         (2, 6, [(6, 3, 3, 6), (2, 3, 1, 6), (1, 3, 3, 2)], "resnet18", False, False),
         (3, 7, [(7, 2, 4, 7), (3, 2, 1, 7), (7, 1, 4, 1)], "resnet18", False, True),
         (2, 6, [(6, 3, 3, 6), (2, 3, 1, 6)], "resnet32", False, True),
@@ -142,25 +133,16 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
         take_step(loss, optimizer)
         take_step(wanted, plain_optimizer)
         assert_close(gradients(ours), gradients(plain))
-        assert_close(state_of(ours), state_of(plain))
-
-
-def test_distillation_by_hand():
-    flat = torch.zeros(3, 4, dtype=torch.float64)
-    assert trainer.distillation(flat, flat).item() == pytest.approx(4 * math.log(4))
-    # softmax of (2 log 3)/2 and 0 is 3/4 and 1/4
-    stored = torch.tensor([[2 * math.log(3), 0]], dtype=torch.float64)
-    wanted = 4 * -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert trainer.distillation(stored, stored).item() == pytest.approx(wanted)
+        assert_close(ours.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_training_does_not_change_the_heads_to_come(args, data, in_float64, t):
     """Nor does weight decay, though they have gradients of zeros here, from another pass."""
     model, _ = make_pair()
+    optimizer = trainer.make_optimizer(model, args, LR)
     for main_fc in (True, False):
         model(images(2, torch.Generator()), main_fc=main_fc).sum().mul(0).backward()
-    optimizer = trainer.make_optimizer(model, args, LR)
     before = copy.deepcopy(model.state_dict())
     unlabeled = (data.pool[:9], *torch.zeros(2, 9, 2 * t - 2, dtype=torch.float64))
     args.no_teaching = True
@@ -209,7 +191,6 @@ def epoch_of(task, args, stream="task3", epoch=1):
         (1, 9, [9, 9, 6], ()),  # small batches are not dropped
         (2, 40, [10, 10, 4], (5, 5, 10)),
         (3, 23, [5, 5, 5, 5, 4], (1, 3, 5)),
-        (3, 12, [3] * 8, (1, 2, 3)),
         (2, 400, [24], (50, 50, 100)),
     ],
 )
@@ -264,74 +245,16 @@ def test_training_images_are_augmented_and_unlabeled_ones_are_not(args, data, pu
             assert x.is_contiguous(memory_format=torch.channels_last)
     for name, found in views.items():
         assert None not in found, f"{name}: not views of its images"
-        flips, down, right = (set(draws) for draws in zip(*found))
-        assert flips == {False, True} and len(down) > 3 and len(right) > 3
         # each image has its own view, and dy does not depend on dx
         assert len(set(found)) > 0.75 * len(found)
         assert sum(dy not in (dx, 8 - dx) for _, dy, dx in found) > len(found) / 2
+    flips, down, right = map(set, zip(*sum(views.values(), [])))
+    assert flips == {False, True} and down == right == set(range(9))
 
 
 def test_a_seed_gives_the_same_numbers_for_good():
     """utils.derive_seed() is part of what a seed means; test_scripts pins what it is given."""
     assert utils.derive_seed(0, "task1", 1, "random") == 720498275269583395
-    assert torch.rand(1, generator=utils.make_generator(3, "x")).item() == pytest.approx(
-        0.4844493865966797
-    )
-
-
-@pytest.mark.parametrize("change", [{"epoch": 2}, {"stream": "task4"}, {"seed": 1}])
-def test_each_sub_batch_has_random_draws_of_its_own(args, data, change):
-    """They depend on seed, stream and epoch, and on nothing else."""
-    task, change = numbered_task(data, 2), dict(change)
-    first = epoch_of(task, args)
-    torch.manual_seed(99)
-    np.random.seed(7)
-    again = epoch_of(task, args)
-    args.seed = change.pop("seed", args.seed)
-    other = epoch_of(task, args, **change)
-    for some, same, others in zip(zip(*first), zip(*again), zip(*other)):
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(some, same))
-        found = [sum((numbers_of(b, data) for b in each), []) for each in (some, others)]
-        assert found[0] != found[1]
-
-
-# ------------------------------------------------------------------------------ views
-
-
-@pytest.mark.parametrize("pad", [4, 2])
-def test_augment_makes_each_view(pad):
-    """All flips and offsets are reached; whether the flip or the crop comes first is free."""
-    side = range(2 * pad + 1)
-    draws = [(f, dy, dx) for f in (False, True) for dy in side for dx in side]
-    pixels = noise(len(draws), 4)[:, :12]  # not square, so that rows are not columns
-    found = dataset.augment(pixels, *(torch.tensor(column) for column in zip(*draws)), pad)
-    assert found.dtype == torch.uint8 and found.shape == pixels.shape
-    pairs = zip(found.numpy(), pixels.numpy())
-    views = [reference.find_view(image, original, pad) for image, original in pairs]
-    assert [view[:2] for view in views] == [draw[:2] for draw in draws]
-    assert sorted(views) == draws
-
-
-def test_views_are_drawn_uniformly_and_independently():
-    pad, side = 4, 9
-    n = 200 * 2 * side**2
-    flip, dy, dx = dataset.draw_views(n, pad, torch.Generator().manual_seed(5))
-    counts = torch.bincount((flip * side + dy) * side + dx).double()
-    cells = 2 * side**2
-    assert len(counts) == cells
-    # chi square has mean cells-1 and variance 2(cells-1)
-    assert ((counts - 200) ** 2 / 200).sum() < cells - 1 + 5 * math.sqrt(2 * (cells - 1))
-
-
-def test_normalize_is_the_formula(data):
-    data.mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    data.std = torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
-    found = dataset.normalize(pixels.clone(), data)
-    wanted = reference.normalize(pixels, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(dataset.normalize(found.clone(), data), found)  # the published form
 
 
 # ------------------------------------------------------------------------------ the loop
@@ -340,13 +263,12 @@ def test_normalize_is_the_formula(data):
 def scripted(monkeypatch, accuracies):
     """Epochs that set conv1 to their number, and validations with the given accuracies.
 
-    Returns what was seen: the learning rate and optimizer of each epoch, and what was validated.
+    Returns the learning rate of each epoch, and on what was validated.
     """
-    seen, answers = {"lr": [], "splits": [], "optimizers": []}, iter(accuracies)
+    seen, answers = {"lr": [], "splits": []}, iter(accuracies)
 
     def train_epoch(model, optimizer, task, args, plan, epoch):
         seen["lr"].append(optimizer.param_groups[0]["lr"])
-        seen["optimizers"].append(optimizer)
         optimizer.step()  # without gradients nothing moves
         model.conv1.weight.data.fill_(epoch)
         return {"loss": 1.5, "new": 0.5}, 6
@@ -394,7 +316,6 @@ def test_the_learning_rate_is_that_of_multisteplr(milestones):
         ([30.0, 20.0, 10.0, 30.0], 1),
         ([0.0, 0.0, 10.0, 10.0], 3),
         ([0.0, 0.0, 0.0, 0.0], 1),
-        ([10.0, 20.0, 30.0, 40.0], 4),
     ],
 )
 def test_the_best_and_the_last_epoch_are_saved(
@@ -415,26 +336,18 @@ def test_the_best_and_the_last_epoch_are_saved(
     assert (found.best, found.best_epoch) == (max(accuracies), best)
     assert (found.best_state["conv1.weight"] == best).all()
     assert (setting[0].conv1.weight == 4).all()  # the model is that of the last epoch
-    rows = read_epochs(run.folder / "metrics.csv")
-    assert [(row["stage"], row["epoch"], row["accuracy"]) for row in rows] == [
-        ("task2", epoch, accuracy) for epoch, accuracy in enumerate(accuracies, 1)
-    ]
 
 
-@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("split", ["test", None])
 def test_retraining_has_a_constant_lr_and_keeps_the_last_epoch(
-    setting, args, run, data, monkeypatch, validated
+    setting, args, run, data, monkeypatch, split
 ):
-    seen = scripted(monkeypatch, [4.0, 6.0, 5.0])
-    args.iter_epochs = 3
-    split = data.test if validated else None
-    found = trainer.retrain(*setting, run, "round", "stream", split)
+    seen, args.iter_epochs = scripted(monkeypatch, [4.0, 6.0, 5.0]), 3
+    found = trainer.retrain(*setting, run, "round", "stream", split and data.test)
     assert seen["lr"] == pytest.approx([0.0001] * 3)
-    assert seen["splits"] == [data.test] * 3 * validated
-    assert (found.best, found.best_epoch) == ((6.0, 2) if validated else (-1.0, 0))
-    rows = [(row["epoch"], row["loss"], row.get("accuracy")) for row in run.epochs]
-    accuracies = [4.0, 6.0, 5.0] if validated else [None] * 3
-    assert rows == [(epoch + 1, 1.5, accuracies[epoch]) for epoch in range(3)]
+    assert seen["splits"] == ([data.test] * 3 if split else [])
+    assert (found.best, found.best_epoch) == ((6.0, 2) if split else (-1.0, 0))
+    assert [row.get("accuracy") for row in run.epochs] == ([4.0, 6.0, 5.0] if split else [None] * 3)
     assert checkpoints(run) == {"round_checkpoint.pt"}
     assert run.load("round_checkpoint.pt")["epoch"] == 3
 
@@ -447,77 +360,15 @@ def test_with_0_epochs_of_retraining_the_model_is_measured_as_it_is(setting, arg
     for _ in range(2):  # the second time it is done already
         found = trainer.retrain(model, task, run, "round", "stream", data.test)
         assert (found.best, found.best_epoch, run.epochs) == (accuracy, 0, [])
-        assert_close(state_of(model), before)
+        assert_close(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_an_optimizer_that_is_given_keeps_its_momentum(setting, args, run, monkeypatch, given):
-    """The retrainings of a task in main_TD share one; the rounds of main_BU do not."""
-
-    def train_epoch(model, optimizer, *others):
-        optimizer.zero_grad()
-        model.linear[0].bias.grad = torch.full_like(model.linear[0].bias, 0.5)
-        optimizer.step()
-        return {"loss": 1.0}, 1
-
-    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
-    args.iter_epochs, model = 2, setting[0].double()
-    weight, velocity = model.linear[0].bias.detach().clone(), 0
-    optimizer = trainer.make_optimizer(model, args, args.lr / 100) if given else None
-    for number in (1, 2):
-        pruning_utils.apply_mask(model, random_masks(model))
-        trainer.retrain(model, setting[1], run, f"prune{number}", "s", optimizer=optimizer)
-        velocity = velocity if given else 0
-        for _ in range(2):
-            velocity = MOMENTUM * velocity + 0.5 + WEIGHT_DECAY * weight
-            weight = weight - LR / 100 * velocity
-    torch.testing.assert_close(model.linear[0].bias.detach(), weight, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch, bad):
+def test_a_loss_that_is_not_finite_is_an_error(setting, run, monkeypatch):
     scripted(monkeypatch, [])
-    monkeypatch.setattr(trainer, "train_epoch", lambda *_: ({"loss": bad}, 1))
+    monkeypatch.setattr(trainer, "train_epoch", lambda *_: ({"loss": math.nan}, 1))
     with pytest.raises(UserError, match="--lr 0.01.*task2, epoch 1"):
         trainer.train_task(*setting, run, "task2", "task2")
     assert not checkpoints(run)
-
-
-@pytest.mark.parametrize("fails_in", ["train_epoch", "validate"])
-def test_an_interrupted_loop_resumes_at_the_end_of_an_epoch(
-    args, data, tmp_path, monkeypatch, fails_in
-):
-    """Model, momentum, best epoch and curves are as if uninterrupted, bit for bit."""
-    monkeypatch.setattr(runtime_run, "SAVE_SECONDS", 0)
-    args.epochs, args.width, real = 4, 2, getattr(trainer, fails_in)
-    task, calls = teaching.build_task(data, args, 1), []
-
-    def train(folder):
-        args.save_dir, args.save_data_path = str(tmp_path / folder), str(tmp_path / folder / "data")
-        model = trainer.make_model(args, CPU)
-        run = Run("test", args, data, model)
-        found = trainer.train_task(model, task, run, "task1", "task1")
-        rows = [{**row, "seconds": 0, "images_per_second": 0} for row in run.epochs]
-        momentum = run.load("task1_checkpoint.pt")["optimizer"]["state"]
-        return (found.best_state, model.state_dict(), momentum), (found[:2], rows)
-
-    def interrupted(*arguments):
-        calls.append(fails_in)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    wanted = train("whole")
-    monkeypatch.setattr(trainer, fails_in, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train("resumed")
-    tensors, others = train("resumed")
-    torch.testing.assert_close(tensors, wanted[0], rtol=0, atol=0)
-    assert others == wanted[1]
-    assert len(calls) == 3 + 2  # epochs 3 and 4 again
-
-
-# ------------------------------------------------------------------------------ a whole task
 
 
 def val_images(data, t):
@@ -547,8 +398,7 @@ def test_a_task_equals_that_of_the_plain_code(
     found = trainer.train_task(ours, task, run, f"task{t}", "stream")
 
     x_val, y_val = (torch.cat(tensors) for tensors in zip(*val_images(data, t)))
-    steps = len(batches) // 3
-    best, best_state, optimizer, history = 0, None, plain_sgd(plain, 0.05), []
+    steps, optimizer, history, best = len(batches) // 3, plain_sgd(plain, 0.05), [], 0
     for epoch, lr in enumerate((0.05, 0.05, 0.005)):
         optimizer.param_groups[0]["lr"] = lr
         plain.train()
@@ -563,7 +413,7 @@ def test_a_task_equals_that_of_the_plain_code(
     assert found.best == pytest.approx(best)
     rows = [(row["lr"], row["loss"], row["accuracy"]) for row in run.epochs]
     assert rows == [pytest.approx(epoch) for epoch in history]
-    assert_close(state_of(ours), state_of(plain))
+    assert_close(ours.state_dict(), plain.state_dict())
     assert_close(found.best_state, best_state)
 
 
@@ -597,15 +447,4 @@ def test_accuracies_are_by_the_balanced_heads_so_far(args, device, run, data, in
     assert found["overall"] == 100 * sum(right) / sum(totals)
     of_task_t = sum(sum(row[2 * t - 2 :]) for row in confusion)
     assert found["recency"] == 100 * of_task_t / sum(totals)
-    assert_close(state_of(model), before)
-
-
-def test_tasks_are_evaluated_once_in_the_life_of_a_run(args, run, data):
-    """For each name and split: another model under the same name is not evaluated."""
-    args.no_teaching = True
-    model, task = trainer.make_model(args, CPU), teaching.build_task(data, args, 3)
-    first = trainer.evaluate_tasks(model, task, run, "task3_dense")
-    for linear in model.linear_main:
-        linear.weight.data.neg_()
-    assert trainer.evaluate_tasks(model, task, run, "task3_dense") == first
-    assert trainer.evaluate_tasks(model, task, run, "task3_other") != first
+    assert_close(model.state_dict(), before)
