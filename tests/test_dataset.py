@@ -266,11 +266,9 @@ def test_the_command_shows_the_digits(digits):
     run = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stderr) == (0, "")
     rows = [line.split() for line in run.stdout.splitlines()]
-    assert rows[0] == ["task", "class", "name", *SPLITS]
     for i, (row, c) in enumerate(zip(rows[1:11], digits.order)):
         counts = [str(len(getattr(digits, split)[c])) for split in SPLITS]
         assert row == [str(i // 2 + 1), str(c), str(c), *counts]
-    assert rows[11][1:] == [str(n) for n in list(digits.counts().values())[:4]]
     assert rows[12][1] == "500"
     with Image.open("data/digits/preview.png") as picture:
         assert picture.size == (2 * (8 * 64 + 12), 5 * 84)
