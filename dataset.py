@@ -11,7 +11,6 @@ dataset (see datasets/prepare.py) and shows it:
 """
 
 import hashlib
-from argparse import Namespace
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +19,9 @@ import torch.nn.functional as F
 
 import utils
 from datasets import DATASETS
-from datasets.folder import list_classes
 from datasets.prepare import check_arrays, ensure_prepared, holds_set, read_meta, read_set
-from datasets.preview import draw, table
 from datasets.spec import SPLITS
-from datasets.tasks import class_order, not_prepared, resolve_tasks, set_folder
+from datasets.tasks import class_order, draw, not_prepared, resolve_tasks, set_folder, table
 from runtime.args import Parser, add_data_flags, int_range, path
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -210,7 +207,7 @@ def make_parser():
     message = "for --dataset folder: resize to NxN, a multiple of 8 from 16 to 128 (default 32)"
     flag("--image_size", type=int, choices=range(16, 129, 8), metavar="N", help=message)
     message = (
-        "the pool: .npy or .npz of uint8 [n,H,W,3], the published pickle, or a folder of images; "
+        "the pool: .npy of uint8 [n,H,W,3], the published pickle, or a folder of images; "
         "several are joined (default: the dataset's own)"
     )
     flag("--unlabeled", type=path, nargs="+", metavar="PATH", help=message)
@@ -235,10 +232,7 @@ def main(argv=None):
         if options[key] is not None:
             raise UserError(f"--{key}: is not for --dataset {args.dataset}; remove it")
     if not spec.embedded:
-        if args.source or spec.classes:  # report errors before anything is made
-            total = len(list_classes(args.source)) if args.source else spec.classes
-            resolve_tasks(Namespace(**vars(args)), total)
-        elif not holds_set(args.dataset, folder):
+        if not (args.source or spec.classes or holds_set(args.dataset, folder)):
             raise not_prepared(args)
         ensure_prepared(args.dataset, folder, **options)
     resolve_tasks(args)

@@ -1,25 +1,25 @@
 """Where images come from: a file for each source, and one entry here for each dataset."""
 
+import functools
+
 from datasets import cifar, digits, folder, tiny_imagenet
 from datasets.spec import DatasetSpec
 
 DATASETS = {
     "cifar10": DatasetSpec(
-        cifar.read_cifar10,
+        functools.partial(cifar.read, "CIFAR10", "CIFAR100"),
         classifiers=5,
         classes_per_classifier=2,
         order=(9, 8, 7, 1, 5, 0, 3, 4, 6, 2),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
-        pool="CIFAR-100 training images",
     ),
     "cifar100": DatasetSpec(
-        cifar.read_cifar100,
+        functools.partial(cifar.read, "CIFAR100", "CIFAR10"),
         classifiers=10,
         classes_per_classifier=10,
         mean=(0.5071, 0.4866, 0.4409),
         std=(0.2009, 0.1984, 0.2023),
-        pool="CIFAR-10 training images",
     ),
     "tiny_imagenet": DatasetSpec(
         tiny_imagenet.read,
@@ -28,7 +28,6 @@ DATASETS = {
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
         side=64,
-        pool="Tiny-ImageNet test images",
     ),
     "digits": DatasetSpec(
         digits.read,
@@ -39,5 +38,5 @@ DATASETS = {
         exemplars=20,  # a class has about 90 training images
         embedded=digits.FILE,
     ),
-    "folder": DatasetSpec(folder.read, pool="the folder unlabeled"),
+    "folder": DatasetSpec(folder.read),
 }

@@ -3,36 +3,27 @@
 Their files are pickles, read by the project's own reader, which runs no code that they may hold.
 """
 
-import tarfile
+import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from datasets.files import download_file
-from datasets.spec import RawSet, check_images
-from runtime.errors import UserError, first_line
+from datasets.images import download_file, explain
+from datasets.spec import RawSet
+from runtime.errors import UserError
 from runtime.files import load_pickle
-
-
-def read_cifar10(path, download, with_pool):
-    return read("CIFAR10", "CIFAR100", path, download, with_pool)
-
-
-def read_cifar100(path, download, with_pool):
-    return read("CIFAR100", "CIFAR10", path, download, with_pool)
 
 
 def read(name, other, path, download, with_pool):
     """name, other: of torchvision's classes. The rest, and what it returns: see DatasetSpec."""
     train, test, names = read_official(name, path, download)
     by_class = [{c: x[y == c] for c in range(len(names))} for x, y in (train, test)]
-    advice = ", or choose another pool with --unlabeled"
-    pool = read_official(other, path, download, advice)[0][0] if with_pool else None
+    pool = read_official(other, path, download)[0][0] if with_pool else ()
     return RawSet(*by_class, dict(enumerate(names)), pool)
 
 
-def read_official(name, path, download, advice=""):
+def read_official(name, path, download):
     """Training and test split, each (uint8 [n,32,32,3], labels int64 [n]), and the class names.
 
     path: holds the archive or the folder that it unpacks to, or is that folder.
@@ -48,26 +39,20 @@ def read_official(name, path, download, advice=""):
         download_file(official.url, archive, official.tgz_md5)
     if not archive.is_file():
         wanted = f"{official.filename} nor {official.base_folder}"
-        raise UserError(f"--raw {path}: has neither {wanted}; put one there{advice}")
+        raise UserError(f"--raw {path}: has neither {wanted}; put one there (a pool: --unlabeled)")
     with tempfile.TemporaryDirectory() as unpacked:  # `path` may be read-only
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise UserError(f"{archive}: cannot be unpacked ({first_line(error)})") from None
+        with explain(archive, "cannot be unpacked"):
+            shutil.unpack_archive(archive, unpacked, filter="data")
         return read_folder(official, Path(unpacked, official.base_folder))
 
 
 def read_folder(official, folder):
     """See read_official; official: a torchvision class."""
-    try:
+    with explain(folder, "is not as published", "; get a new copy"):
         lists = official.train_list, official.test_list
         splits = [read_batches([folder / name for name, _ in files]) for files in lists]
         meta = load_pickle(folder / official.meta["filename"])
-        return *splits, [str(name) for name in meta[official.meta["key"]]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{folder}: is not as published ({reason}); get a new copy") from None
+        return *splits, meta[official.meta["key"]]
 
 
 def read_batches(paths):
@@ -75,8 +60,5 @@ def read_batches(paths):
     batches = [load_pickle(path) for path in paths]
     images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    check_images(paths[0], images)
     labels = [batch["labels"] if "labels" in batch else batch["fine_labels"] for batch in batches]
-    if sum(map(len, labels)) != len(images):
-        raise ValueError(f"{len(images)} images, {sum(map(len, labels))} labels")
     return images, np.concatenate(labels)

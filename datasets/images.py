@@ -1,31 +1,78 @@
-"""Image files as arrays: which are images, decoding and resizing, all by Pillow."""
+"""The files of a source: found in a folder or a zip archive, downloaded, decoded by Pillow."""
 
 import contextlib
-import functools
 import io
 import os
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from datasets.files import list_files
 from runtime.errors import UserError, first_line
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata does no harm
 
 
-@functools.cache
-def suffixes():
-    """The suffixes of the formats that Pillow reads, in lower case: '.jpg', ..."""
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+@contextlib.contextmanager
+def explain(label, wrong="cannot be read", advice=""):
+    """Raise UserError in place of any exception: a damaged file can cause all kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error).partition(" <")[0]  # Pillow's may end with the file object
+        raise UserError(f"{label}: {wrong} ({reason}){advice}") from None
+
+
+def list_files(source):
+    """All files below a folder or in a zip archive: {name relative to it, with '/': path}.
+
+    Sorted, without hidden ones; links to folders are followed. A path in an archive is a
+    zipfile.Path, which is read as others are; threads may share it.
+    """
+    if os.path.isdir(source):
+        found = {}
+        for here, folders, files in os.walk(source, onerror=refuse, followlinks=True):
+            real = Path(here).resolve()  # a link to a folder above has no end
+            folders[:] = [f for f in folders if not real.is_relative_to(Path(here, f).resolve())]
+            paths = (Path(here, file) for file in files)
+            found |= {path.relative_to(source).as_posix(): path for path in paths}
+    else:
+        with explain(source, "is not a zip archive"):
+            archive = zipfile.ZipFile(source)
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        found = {name: zipfile.Path(archive, name) for name in names}
+    visible = (name for name in found if "/." not in f"/{name}")
+    return {name: found[name] for name in sorted(visible, key=lambda name: name.split("/"))}
+
+
+def refuse(error):
+    """For os.walk, which passes over folders that it cannot read."""
+    raise UserError(f"{error.filename}: cannot be read ({first_line(error)})")
+
+
+def download_file(url, path, md5):
+    """Download the file `path` unless it is there. Raises UserError, which says where to put it."""
+    from torchvision.datasets.utils import download_url  # slow: it doubles the start time
+
+    part = path.with_name(f"{path.name}.part")  # never half-written under its own name
+    advice = f"; put it into {path.parent}, or give its folder with --raw"
+    with explain(path.name, "cannot be downloaded", advice):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url(url, path.parent, part.name, md5)
+            os.replace(part, path)
 
 
 def is_image(name):
-    """Whether a file is an image, by its suffix."""
-    return os.path.splitext(name)[1].lower() in suffixes()
+    """Whether a file is an image that Pillow reads, by its suffix."""
+    suffix = os.path.splitext(name)[1].lower()
+    return Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 def list_images(folder, left_out):
@@ -58,10 +105,8 @@ def to_rgb(image):
         image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("more than 16 bits of gray")
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+        gray = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(gray.clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floats")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -80,14 +125,8 @@ def resize(image, side):
 
 def read_image(path, side):
     """An image file as uint8 [side,side,3]; path: as in list_files. Raises UserError."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-            return resize(to_rgb(image), side)
-    except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error).partition(" <")[0]  # Pillow's may show the file object
-        raise UserError(f"{path}: is not a readable image ({reason})") from None
+    with explain(path, "is not a readable image"):
+        return resize(to_rgb(Image.open(io.BytesIO(path.read_bytes()))), side)
 
 
 def decode(files, wanted, side):
@@ -95,16 +134,10 @@ def decode(files, wanted, side):
 
     files: {name: path}, as in list_files. Raises UserError.
     """
-    images = {key: np.empty((len(own), side, side, 3), np.uint8) for key, own in wanted.items()}
-    paths = [files[name] for own in wanted.values() for name in own]
-    rows = [row for array in images.values() for row in array]
-
-    def read(path, row):
-        row[:] = read_image(path, side)
-
+    images = {}
     with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
         warnings.simplefilter("ignore")  # about damaged metadata
-        done = threads.map(read, paths, rows)
-        for _ in tqdm(done, "images", len(paths), unit="image", disable=None, leave=False):
-            pass
+        for key, names in tqdm(wanted.items(), "decoding", disable=None, leave=False):
+            own = threads.map(lambda name: read_image(files[name], side), names)
+            images[key] = np.array([*own], np.uint8).reshape(-1, side, side, 3)
     return images

@@ -5,6 +5,7 @@ uint8 [n,H,W,3] for each class id, <name>_pool.npy uint8 [n,H,W,3], and meta.jso
 last: with it the dataset is complete.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,14 +14,13 @@ import numpy as np
 from filelock import FileLock
 
 from datasets import DATASETS
-from datasets.images import decode, print_left_out
+from datasets.images import decode, explain, print_left_out
 from datasets.pool import digests, read_pool, read_published_pool, reduce_pool
 from datasets.spec import SPLITS, check_images, file_of, shuffle
-from runtime.errors import UserError, first_line
-from runtime.files import check_zip, load_array, load_pickle
+from runtime.errors import UserError
+from runtime.files import atomic_write, load_array, load_pickle, save_array, save_text
 
 MIN_IMAGES = 10  # training images of a class, so that val gets one
-TEST_SHARE = 5  # without test images, one in five training images is held out
 
 # ------------------------------------------------------------------------------ what is there
 
@@ -28,10 +28,9 @@ TEST_SHARE = 5  # without test images, one in five training images is held out
 def read_meta(folder):
     """The content of a prepared dataset's meta.json; {} if it is missing or cannot be read."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        return json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) else {}
 
 
 def holds_set(name, folder):
@@ -43,26 +42,28 @@ def holds_set(name, folder):
 def ensure_prepared(name, folder, raw=None, **options):
     """Prepare the dataset in `folder` if it is not there; see prepare().
 
-    Raises UserError if it was made with other options, where None means any, or from a --source
-    that has changed since.
+    Of two processes at once the second waits, and uses what the first has prepared. Raises
+    UserError if that was made with other options, where None means any, or from a --source that
+    has changed since.
     """
     if not holds_set(name, folder):
-        prepare(name, folder, raw, **options)
-        return
+        with explain(f"--data {folder}", "cannot be written", "; choose another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock").acquire()
+        with lock:
+            if not holds_set(name, folder):
+                prepare(name, folder, raw, **options)
+                return
     made = read_meta(folder)
     for key, value in options.items():
         if value is not None and absolute(value) != made.get(key):
             found = f"was prepared with {made.get(key)}" if made else "holds the published files"
             raise UserError(f"--{key} {value}: {folder} {found}; choose another folder with --data")
     if source := options.get("source"):
-        found = DATASETS[name].read(Path(source), False, True)
-        classes = list(found.names.values()) != list(made.get("names", {}).values())
-        if classes or found.listing != made.get("listing", found.listing):
-            raise UserError(
-                f"--source {source}: its {'classes' if classes else 'images'} have changed since "
-                f"{folder} was prepared; remove {folder} and give the same command again, or "
-                f"choose another folder with --data"
-            )
+        listing = DATASETS[name].read(Path(source), False, True).listing
+        if listing != made.get("listing", listing):
+            advice = f"remove {folder}, or choose another folder with --data"
+            raise UserError(f"--source {source}: has changed since it was prepared; {advice}")
 
 
 def absolute(option):
@@ -87,23 +88,18 @@ def prepare(name, folder, raw=None, **options):
     spec, source, unlabeled = DATASETS[name], options.get("source"), options.get("unlabeled")
     side, seed = options.get("image_size") or spec.side, options.get("seed") or 0
     path = Path(source or raw or folder.parent / "raw")
-    check_folder(name, folder)
-    if (source or raw) and not os.path.exists(path):
-        raise UserError(f"--{'source' if source else 'raw'} {path}: no such file or folder")
     print(f"preparing {name} in {folder} ...", flush=True)
     pools = [read_pool(each, side) for each in unlabeled or ()]
     raw_set = spec.read(path, not (source or raw), with_pool=not pools)
     print_left_out(path, raw_set.left_out)
     splits = make_splits(path, raw_set, spec.exemplars, options.get("per_class"), seed)
-    pool, origin = raw_set.pool, spec.pool
     if raw_set.files:
-        wanted = {(split, c): own for split in SPLITS for c, own in splits[split].items()}
-        images = decode(raw_set.files, wanted | {"pool": pool or ()}, side)
-        pool = images.pop("pool")
-        for (split, c), own in images.items():
-            splits[split][c] = own
+        splits = {split: decode(raw_set.files, own, side) for split, own in splits.items()}
+    pool, origin = raw_set.pool, "the dataset's own"
     if pools:
         pool, origin = np.concatenate(pools), ", ".join(map(str, unlabeled))
+    elif raw_set.files:
+        pool = decode(raw_set.files, {"pool": pool}, side)["pool"]
     known, test = {*digests(splits["train"], splits["val"])}, digests(splits["test"])
     if repeated := sum(image in known for image in test):
         print(f"{path}: {repeated} of {len(test)} test images are also training images", flush=True)
@@ -115,29 +111,10 @@ def prepare(name, folder, raw=None, **options):
         pool, meta["dropped"] = reduce_pool(pool, origin, known.union(test), size, seed)
         meta["pool"] = origin
     else:
-        print(
-            f"{folder}: no pool (no images in {origin}, no --unlabeled); train with --no_teaching"
-        )
+        print(f"{folder}: no pool; train with --no_teaching, or give --unlabeled")
     if spec.mean is None:
         meta["mean"], meta["std"] = channel_statistics(splits["train"].values())
     write_set(folder, splits, pool, meta)
-
-
-def files_of(name):
-    """The names of all files that a prepared dataset may have."""
-    arrays = [f"{name}_{file_of(split)}.npz" for split in SPLITS]
-    return [*arrays, f"{name}_pool.npy", "preview.png", "meta.json.part", "meta.json"]
-
-
-def check_folder(name, folder):
-    """Raise UserError for a folder with other files than those of an unfinished preparation."""
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"--data {folder}: is not a folder; choose another")
-    for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        if not entry.startswith(".") and entry not in (*files_of(name), "lost+found"):
-            raise UserError(
-                f"--data {folder}: holds {entry}, which is no part of {name}; choose another folder"
-            )
 
 
 def make_splits(label, raw_set, exemplars, per_class, seed):
@@ -145,24 +122,22 @@ def make_splits(label, raw_set, exemplars, per_class, seed):
 
     label: what errors call the source. Raises UserError for a class with too few images.
     """
-    for c, name in raw_set.names.items():
-        if (count := len(raw_set.train[c])) < MIN_IMAGES:
-            raise UserError(
-                f"{label}: class {name} has {count} training images, expected at least {MIN_IMAGES}"
-            )
-    if not raw_set.test:
+    splits, held_out = {split: {} for split in SPLITS}, not raw_set.test
+    if held_out:
         print(f"{label}: no test images, so a fifth of each class in train is held out", flush=True)
-        for c, own in raw_set.train.items():
-            own = shuffle(np.asarray(own), seed, "test", c)
-            count = round(len(own) / TEST_SHARE)
-            raw_set.test[c], raw_set.train[c] = own[:count], own[count:]
-    splits = {split: {} for split in SPLITS}
     for c, name in raw_set.names.items():
-        if not len(raw_set.test[c]):
+        own, test = (np.asarray(split.pop(c, ())) for split in (raw_set.train, raw_set.test))
+        if len(own) < MIN_IMAGES:
+            wanted = f"expected at least {MIN_IMAGES}"
+            raise UserError(f"{label}: class {name} has {len(own)} training images, {wanted}")
+        if held_out:
+            own = shuffle(own, seed, "test", c)
+            test, own = np.split(own, [round(len(own) / 5)])
+        if not len(test):
             raise UserError(f"{label}: class {name} has no test image; add some")
-        own = shuffle(np.asarray(raw_set.train.pop(c)), seed, "per_class", c)[:per_class]
+        own = shuffle(own, seed, "per_class", c)[:per_class]
         split_class(own, c, splits, seed, exemplars)
-        splits["test"][c] = np.asarray(raw_set.test.pop(c))[:per_class]
+        splits["test"][c] = test[:per_class]
     return splits
 
 
@@ -178,14 +153,10 @@ def split_class(images, c, splits, seed, exemplars):
 
 
 def channel_statistics(arrays):
-    """Mean and standard deviation of each channel of uint8 arrays [n,H,W,3], in [0,1].
-
-    Returns two lists of three.
-    """
+    """Mean and standard deviation, in [0,1], of the channels of uint8 arrays [n,H,W,3]."""
     counts = sum(
-        np.stack([np.bincount(some[..., i].ravel(), minlength=256) for i in range(3)])
+        np.stack([np.bincount(images[..., i].ravel(), minlength=256) for i in range(3)])
         for images in arrays
-        for some in np.array_split(images, -(-len(images) // 256))  # bincount makes them int64
     )
     values, total = np.arange(256) / 255, counts.sum(1)
     mean = counts @ values / total
@@ -195,31 +166,14 @@ def channel_statistics(arrays):
 
 
 def write_set(folder, splits, pool, meta):
-    """Write a prepared dataset into the folder, meta.json last. Raises UserError.
-
-    What a killed preparation has left there is overwritten. Of two at once the first counts.
-    """
+    """Write a prepared dataset into the folder, meta.json last. Raises UserError."""
     name = meta["dataset"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if (folder / "meta.json").exists():
-                return
-            for split, arrays in splits.items():
-                by_name = {str(c): images for c, images in arrays.items()}
-                np.savez(folder / f"{name}_{file_of(split)}.npz", **by_name)
-            (folder / f"{name}_pool.npy").unlink(missing_ok=True)
-            if len(pool):
-                np.save(folder / f"{name}_pool.npy", pool)
-            (folder / "meta.json.part").write_text(json.dumps(meta, indent=1) + "\n")
-            os.replace(folder / "meta.json.part", folder / "meta.json")
-    except OSError as error:
-        for file in files_of(name) if folder.is_dir() else ():
-            (folder / file).unlink(missing_ok=True)  # the disk may be full
-        reason = first_line(error)
-        raise UserError(
-            f"--data {folder}: cannot be written ({reason}); choose another folder"
-        ) from None
+    for split, arrays in splits.items():
+        save = functools.partial(np.savez, **{str(c): images for c, images in arrays.items()})
+        atomic_write(folder / f"{name}_{file_of(split)}.npz", save)
+    if len(pool):
+        save_array(folder / f"{name}_pool.npy", pool)
+    save_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------ reading
@@ -260,25 +214,15 @@ def read_prepared(name, folder, pool, splits):
             f"--data {folder}: holds {meta['dataset']}; use --dataset {meta['dataset']}"
         )
     if pool and meta.get("pool", "") is None:
-        raise UserError(
-            f"--data {folder}: was prepared without a pool; train with --no_teaching, or prepare "
-            f"it again with --unlabeled"
-        )
-    arrays, path = {}, folder / "meta.json"
-    try:
+        advice = "train with --no_teaching, or prepare it again with --unlabeled"
+        raise UserError(f"--data {folder}: was prepared without a pool; {advice}")
+    arrays, advice = {}, f"; remove {folder} and prepare it again"
+    with explain(folder / "meta.json", advice=advice):
         meta["names"] = {int(c): str(label) for c, label in meta["names"].items()}
-        if sorted(meta["names"]) != list(range(len(meta["names"]))):
-            raise ValueError("its classes do not count from 0")
-        for split in splits:
-            path = folder / f"{name}_{file_of(split)}.npz"
-            check_zip(path, path.stat().st_size)  # the arrays are not compressed
-            with np.load(path, allow_pickle=False) as content:
-                arrays[split] = {int(c): content[c] for c in content.files}
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(
-            f"--data {folder}: {path.name} is damaged or missing ({first_line(error)}); remove the "
-            f"folder and prepare it again"
-        ) from None
+    for split in splits:
+        path = folder / f"{name}_{file_of(split)}.npz"
+        with explain(path, advice=advice), np.load(path, allow_pickle=False) as content:
+            arrays[split] = {int(c): content[c] for c in content.files}
     return arrays, load_array(folder / f"{name}_pool.npy") if pool else None, meta
 
 
@@ -289,13 +233,9 @@ def check_arrays(source, arrays, pool, order):
     """
     found = {} if pool is None else {"pool": pool}
     for split, by_class in arrays.items():
-        by_class = by_class if isinstance(by_class, dict) else {}
         found |= {f"{split}, class {c}": by_class.get(c) for c in order}
-    shape = None
+    size = None
     for label, images in found.items():
-        check_images(f"{source}: {label}", images)
-        shape = shape or images.shape[1:]
-        if images.shape[1:] != shape or min(shape[:2]) < 9:  # the last layer would see one pixel
-            wanted = f"images of {list(shape)}, at least 9x9"
-            raise UserError(f"{source}: {label}: expected {wanted}, got {list(images.shape[1:])}")
-    return shape
+        check_images(f"{source}: {label}", images, size)
+        size = images.shape[1:3]
+    return (*size, 3)

@@ -11,7 +11,6 @@ import utils
 from runtime.errors import UserError
 
 SPLITS = ("train", "val", "test", "exemplars")
-EXEMPLARS = 100  # of each class, a fixed part of train
 
 
 @dataclass
@@ -30,13 +29,13 @@ class DatasetSpec:
     mean: tuple | None = None  # per channel, in [0,1]; None: that of its own training images
     std: tuple | None = None
     side: int = 32  # images are side x side
-    exemplars: int = EXEMPLARS  # per class
-    pool: str = "the dataset's own"  # what its pool is
+    exemplars: int = 100  # per class, a fixed part of train
     embedded: Path | None = None  # the file in this repository that holds it: never prepared
-    classes: int | None = field(init=False)  # in all; None: those of --source
 
-    def __post_init__(self):
-        self.classes = self.classifiers and self.classifiers * self.classes_per_classifier
+    @property
+    def classes(self):
+        """In all; None: those of --source."""
+        return self.classifiers and self.classifiers * self.classes_per_classifier
 
 
 @dataclass
@@ -49,7 +48,7 @@ class RawSet:
     train: dict  # class id -> images or names
     test: dict  # likewise; empty: some of train become the test split
     names: dict  # class id -> name; the ids count from 0
-    pool: np.ndarray | list | None = None  # unlabeled images or names, if there are any
+    pool: np.ndarray | list = ()  # unlabeled images or names, if there are any
     files: dict | None = None  # name -> path; None: the images are arrays
     left_out: dict = field(default_factory=dict)  # kind -> files that are not used
     listing: str | None = None  # SHA-256 of the names and sizes of the files of a --source
@@ -57,18 +56,19 @@ class RawSet:
 
 def file_of(split):
     """The name of a split in files: the published ones call the exemplars save_100."""
-    return f"save_{EXEMPLARS}" if split == "exemplars" else split
+    return "save_100" if split == "exemplars" else split
 
 
-def check_images(label, images):
-    """Raise UserError for anything but a uint8 array [n,H,W,3] of at least one image."""
-    if not isinstance(images, np.ndarray):
-        found = type(images).__name__
-    elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+def check_images(label, images, size=None):
+    """Raise UserError unless images are uint8 [n,H,W,3], n > 0; size: (H, W), if it matters."""
+    found = type(images).__name__
+    if isinstance(images, np.ndarray):
         found = f"{images.dtype} {list(images.shape)}"
-    else:
-        return
-    raise UserError(f"{label}: expected uint8 [n,H,W,3] with n > 0, got {found}")
+        rgb = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
+        if rgb and images.size and images.shape[1:3] == (size or images.shape[1:3]):
+            return
+    wanted = ",".join(map(str, size or "HW"))
+    raise UserError(f"{label}: expected uint8 [n,{wanted},3] with n > 0, got {found}")
 
 
 def shuffle(images, seed, *purpose):

@@ -1,14 +1,17 @@
-"""How the classes of a dataset are divided into tasks, and in which order they come."""
+"""The tasks of a dataset: how many, of which classes, and how they look."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from datasets import DATASETS
 from datasets.folder import normalize_name
+from datasets.images import explain
 from datasets.prepare import read_meta
-from runtime.errors import UserError, first_line
+from datasets.spec import SPLITS
+from runtime.errors import UserError, one_line
 
 
 def set_folder(args):
@@ -23,19 +26,18 @@ def not_prepared(args):
     return UserError(f"--data {set_folder(args)}: holds no {args.dataset}; prepare it: {command}")
 
 
-def resolve_tasks(args, total=None):
+def resolve_tasks(args):
     """Fill in args.dataset and the numbers of tasks and of classes per task. Raises UserError.
 
     By default those of the dataset; of a folder, as many tasks as possible: up to ten, of at least
-    two classes. total: the number of classes, if the dataset is not prepared yet.
+    two classes.
     """
     args.dataset = args.dataset or "cifar10"
     spec = DATASETS[args.dataset]
     if spec.embedded and args.data:
         raise UserError(f"--data {args.data}: {args.dataset} is embedded; remove --data")
-    if not (total or spec.embedded):
-        total = len(read_meta(set_folder(args)).get("names") or ())
-    total = total or spec.classes
+    names = {} if spec.embedded else read_meta(set_folder(args)).get("names")
+    total = len(names or ()) or spec.classes
     if not total:
         raise not_prepared(args)
     tasks, classes = args.classifiers, args.classes_per_classifier
@@ -43,8 +45,7 @@ def resolve_tasks(args, total=None):
         tasks = tasks or spec.classifiers
         classes = classes or spec.classes_per_classifier
     elif not (tasks or classes):
-        even = [n for n in range(2, min(10, total // 2) + 1) if total % n == 0]
-        tasks = max(even, default=1)
+        tasks = max(n for n in range(1, max(1, min(10, total // 2)) + 1) if total % n == 0)
     tasks = tasks or max(1, total // classes)
     classes = classes or max(1, total // tasks)
     args.classifiers, args.classes_per_classifier = tasks, classes
@@ -78,7 +79,8 @@ def class_order(args, names, total, known=None):
     else:
         ids = read_order(order, names, total)
     if len(ids) < needed or len({*ids} & {*range(total)}) < len(ids):
-        raise UserError(f"--class_order {order}: expected {needed} different ids below {total}")
+        wanted = f"at least {needed} ids below {total}, each once"
+        raise UserError(f"--class_order {order}: expected {wanted}, got {len(ids)}")
     if known and ids[:needed] != known["class_order"][:needed]:
         raise UserError(f"--class_order {order}: the checkpoint has another order; remove the flag")
     for c, learned in zip(ids[:needed], known["class_names"] if known else ()):
@@ -91,25 +93,44 @@ def class_order(args, names, total, known=None):
 
 
 def read_order(path, names, total):
-    """The class ids that a file lists: a name or id per line, or ids as np.savetxt writes them.
-
-    A line that is the name of one class and the id of another counts as the name.
-    """
+    """The class ids that a file lists, a name or an id on each line; a name counts first."""
     known = {str(c): c for c in range(total)} | {normalize_name(n): c for c, n in names.items()}
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--class_order {path}: expected published, sorted, random:SEED or a readable file "
-            f"({first_line(error)})"
-        ) from None
-    order = []
-    for number, line in enumerate(lines, 1):
-        if re.fullmatch(r"\d\.\d*e\+\d\d", line):  # 9.000e+00
-            line = f"{float(line):g}"
-        if line and (c := known.get(normalize_name(line), -1)) in [-1, *order]:
-            what = "repeats a class" if c in order else "is not a class"
-            raise UserError(f"--class_order {path}: line {number}, {line[:40]!r}, {what}")
-        if line:
-            order.append(c)
-    return order
+    with explain(f"--class_order {path}", advice="; give published, sorted, random:SEED or a file"):
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    lines = [normalize_name(line.strip()) for line in lines if line.strip()]
+    if unknown := [line for line in lines if line not in known]:
+        raise UserError(f"--class_order {path}: {unknown[0][:40]!r} is not a class")
+    return [known[line] for line in lines]
+
+
+def table(data):
+    """The classes in task order with the counts of each split, as lines of text."""
+    names = {k: one_line(data.names.get(k, "")) for k in data.order}
+    width = max(12, *map(len, names.values()))
+    row = f"{{:>4}}  {{:>5}}  {{:<{width}}}  {{:>6}}  {{:>6}}  {{:>6}}  {{:>9}}".format
+    lines = [row("task", "class", "name", *SPLITS)]
+    for i, k in enumerate(data.order):
+        counts = [len(getattr(data, split)[k]) for split in SPLITS]
+        lines.append(row(i // data.classes_per_classifier + 1, k, names[k], *counts))
+    *totals, pool = data.counts().values()
+    lines.append(row("", "", "all", *totals))
+    height, width = data.image_size
+    return "\n".join([*lines, f"pool: {pool} unlabeled images; all {height}x{width}"])
+
+
+def draw(data):
+    """A Pillow image: a row for each task, some training images of each of its classes."""
+    c = data.classes_per_classifier
+    columns = max(2, 16 // c)
+    height, width = (max(1, 64 // side) * side for side in data.image_size)
+    cell, row = columns * width + 12, height + 20
+    picture = Image.new("RGB", (c * cell, data.classifiers * row), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, k in enumerate(data.order):
+        x, y = i % c * cell, i // c * row
+        pen.text((x, y), f"task {i // c + 1}: {k} {one_line(data.names.get(k, ''))}", fill="black")
+        images = data.train[k][:columns].cpu().numpy()
+        strip = Image.fromarray(np.hstack(images))
+        strip = strip.resize((len(images) * width, height), Image.Resampling.NEAREST)
+        picture.paste(strip, (x, y + 16))
+    return picture

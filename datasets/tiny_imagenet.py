@@ -1,9 +1,8 @@
 """Tiny-ImageNet, from its archive or the folder that it unpacks to; 64x64 JPEG files."""
 
-from datasets.files import download_file, list_files
-from datasets.images import is_image
+from datasets.images import download_file, explain, is_image, list_files
 from datasets.spec import RawSet
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError
 
 # The address and MD5 sum are unconfirmed: the download has not been tried yet.
 ARCHIVE, MD5 = "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
@@ -16,18 +15,14 @@ def read(path, download, with_pool):
 
     The classes are those of wnids.txt, sorted: 200, but an archive of fewer is read too.
     """
-    for source in (path, path / ARCHIVE, path / ARCHIVE.removesuffix(".zip")):
-        if source.is_file() or (source / ANNOTATIONS).is_file():
-            break
-    else:
-        source = path / ARCHIVE
-        if not download:
-            raise UserError(f"--raw {path}: has neither {ARCHIVE} nor its folder; put one there")
-        download_file(URL, source, MD5)
+    archive = path / ARCHIVE
+    if download and not (path / ARCHIVE.removesuffix(".zip")).is_dir():
+        download_file(URL, archive, MD5)
+    source = archive if archive.is_file() else path
     files = list_files(source)
     found = [name for name in files if f"/{name}".endswith(f"/{ANNOTATIONS}")]
     if len(found) != 1:
-        raise UserError(f"{source}: has no {ANNOTATIONS}, so it is not Tiny-ImageNet")
+        raise UserError(f"--raw {path}: has neither {ARCHIVE} nor its folder; put one there")
     root = found[0].removesuffix(ANNOTATIONS)  # 'tiny-imagenet-200/' in the archive
     files = {name.removeprefix(root): file for name, file in files.items()}
     wnids = sorted({*filter(None, read_lines(source, files, "wnids.txt"))})
@@ -44,23 +39,15 @@ def read(path, download, with_pool):
             test[wnid].append(f"val/images/{name}")
             if test[wnid][-1] not in files:
                 raise UserError(f"{source}: val/images/{name} is missing, see {ANNOTATIONS}")
-    words = read_lines(source, files, "words.txt") if "words.txt" in files else []
+    lines = read_lines(source, files, "words.txt") if "words.txt" in files else []
+    words = {wnid: rest.partition(",")[0] for wnid, _, rest in (s.partition("\t") for s in lines)}
+    names = [words.get(wnid, wnid) for wnid in wnids]  # two classes of one name keep their wnids
+    names = {c: n if names.count(n) == 1 else wnids[c] for c, n in enumerate(names)}
     by_class = [{c: sorted(split[wnid]) for c, wnid in enumerate(wnids)} for split in (train, test)]
-    return RawSet(*by_class, class_names(wnids, words), sorted(pool), files)
+    return RawSet(*by_class, names, sorted(pool), files)
 
 
 def read_lines(source, files, name):
     """The lines of a text file, without space around them. files: {name: path} in `source`."""
-    try:
+    with explain(f"{source}: {name}"):
         return [line.strip() for line in files[name].read_text("utf-8").splitlines()]
-    except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)
-        raise UserError(f"{source}: {name} cannot be read ({reason}); get a new copy") from None
-
-
-def class_names(wnids, lines):
-    """{class id: first word of words.txt}; where two classes share it, their wnids."""
-    pairs = (line.partition("\t")[::2] for line in lines)
-    words = {wnid: rest.partition(",")[0] for wnid, rest in pairs}
-    names = [words.get(wnid, wnid) for wnid in wnids]
-    return {c: n if names.count(n) == 1 else wnids[c] for c, n in enumerate(names)}

@@ -49,8 +49,8 @@ def check_rejected(call, *fragments):
 
 
 def tree(folder="."):
-    """All files in a folder: path -> content."""
-    paths = sorted(Path(folder).rglob("*"))
+    """All files in a folder, without the lock of a preparation: path -> content."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.name != ".lock")
     return {str(path): path.read_bytes() for path in paths if path.is_file()}
 
 
