@@ -31,11 +31,10 @@ class DatasetSpec:
     side: int = 32  # images are side x side
     exemplars: int = 100  # per class, a fixed part of train
     embedded: Path | None = None  # the file in this repository that holds it: never prepared
+    classes: int | None = field(init=False)  # in all; None: those of --source
 
-    @property
-    def classes(self):
-        """In all; None: those of --source."""
-        return self.classifiers and self.classifiers * self.classes_per_classifier
+    def __post_init__(self):
+        self.classes = self.classifiers and self.classifiers * self.classes_per_classifier
 
 
 @dataclass

@@ -98,6 +98,9 @@ def read_order(path, names, total):
     with explain(f"--class_order {path}", advice="; give published, sorted, random:SEED or a file"):
         lines = Path(path).read_text("utf-8-sig").splitlines()
     lines = [normalize_name(line.strip()) for line in lines if line.strip()]
+    # np.savetxt wrote the published files: 9.000e+00
+    savetxt = re.compile(r"\d\.\d*e\+\d\d")
+    lines = [f"{float(line):g}" if savetxt.fullmatch(line) else line for line in lines]
     if unknown := [line for line in lines if line not in known]:
         raise UserError(f"--class_order {path}: {unknown[0][:40]!r} is not a class")
     return [known[line] for line in lines]

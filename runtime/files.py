@@ -43,7 +43,7 @@ def atomic_write(path, write):
                 file.flush()
                 os.fsync(file.fileno())
                 file.seek(0)
-                checksum = hashlib.sha256(file.read()).hexdigest()
+                checksum = sha256(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -82,10 +82,19 @@ def save_array(path, array):
 # ------------------------------------------------------------------------------ reading
 
 
+def sha256(file):
+    """SHA-256 in hex of what is left of an open file."""
+    digest = hashlib.sha256()
+    while block := file.read(2**22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def file_checksum(path):
     """SHA-256 of a file in hex; None if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            return sha256(file)
     except OSError:
         return None
 

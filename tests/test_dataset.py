@@ -176,6 +176,7 @@ def test_class_orders(name, given, order):
     "text, order",
     [
         ("\n7\n3\nzero\n 5 \n1\n2\n", [2, 3, 0, 5, 1, 7]),  # "7" is the name of class 2
+        ("3.000000000000000000e+00\n9.0e+00\n", [3, 9]),  # published: np.savetxt's
         ("\ufeff4\n3\n", [4, 3]),  # as editors on Windows begin a text
         ("cafe\N{COMBINING ACUTE ACCENT}\n1\n", [8, 1]),
         ("1\n3\n1\n", "each once"),
