@@ -156,9 +156,8 @@ def load(args, device, pool=True, splits=SPLITS, known=None):
     else is read, and the other splits are empty. known: the `args` in a checkpoint, which must have
     learned the same classes in the same order.
     """
-    spec, folder = DATASETS[args.dataset], set_folder(args)
-    if spec.embedded and args.data:
-        raise UserError(f"--data {args.data}: {args.dataset} is embedded; remove --data")
+    spec = DATASETS[args.dataset]
+    folder = spec.embedded or set_folder(args)
     if not spec.embedded and not holds_set(args.dataset, folder):
         if args.data or not spec.classes:
             raise not_prepared(args)
@@ -230,7 +229,7 @@ def main(argv=None):
     foreign = ("source", "image_size") if spec.classes else ("raw",)
     for key in PREPARING if spec.embedded else foreign:
         if options[key] is not None:
-            raise UserError(f"--{key}: is not for --dataset {args.dataset}; remove it")
+            raise UserError(f"--{key}: not allowed with --dataset {args.dataset}; remove --{key}")
     if not spec.embedded:
         if not (args.source or spec.classes or holds_set(args.dataset, folder)):
             raise not_prepared(args)

@@ -10,7 +10,7 @@ ticket ("TR-BU"). The soft labels are those of a run that has finished task t-1
     python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3 \\
         --control shuffle_mask
 
-trains a control in its place: what a ticket must beat (docs/METHOD.md section 6).
+trains a control in its place, a baseline for the ticket (docs/METHOD.md section 6).
 """
 
 from runtime.threads import setup_threads
@@ -95,8 +95,12 @@ def main(argv=None):
     known, weights = read_weights(args.weight)
     known_of_mask, state = read_weights(args.mask)
     flags.adopt(args, known, f"--weight {args.weight}")
-    if known_of_mask:
-        flags.adopt(args, known_of_mask, f"--mask {args.mask}")
+    for key in flags.KNOWN if known and known_of_mask else ():
+        if known_of_mask[key] != known[key]:
+            raise UserError(
+                f"--mask {args.mask}: is of {key} {known_of_mask[key]}, --weight {args.weight} of "
+                f"{known[key]}; choose files of the same network and dataset"
+            )
     masks = pruning_utils.extract_mask(state)
     if not masks:
         raise UserError(f"--mask {args.mask}: holds no masks; choose a pruned checkpoint")

@@ -8,6 +8,7 @@ docs/METHOD.md section 5; section 3.3 of the paper. Files in --save_data_path, f
     task{t}_dis_label_main.npy    float32 [n, t*c], logits of the balanced heads
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def load_soft_labels(data, args, t):
     Raises UserError when a file is missing or does not fit.
     """
     paths = soft_label_files(args, t)
-    if missing := [path.name for path in paths if not path.exists()]:
+    if missing := [path.name for path in paths if not os.path.exists(path)]:
         raise UserError(
             f"--save_data_path {args.save_data_path}: holds no {missing[0]}; choose the data "
             f"folder of a run that has finished task {t - 1}, or give --no_teaching"

@@ -15,6 +15,8 @@ from runtime.threads import setup_threads
 
 setup_threads()  # before PyTorch is loaded
 
+import json
+import os
 import time
 from pathlib import Path
 from statistics import mean
@@ -25,7 +27,7 @@ from models import BACKBONES, build_model
 from runtime import args as flags
 from runtime import records
 from runtime.checkpoint import read_weights
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 from runtime.files import save_text
 from runtime.process import run_script
 from trainer import evaluate
@@ -36,7 +38,7 @@ def make_parser():
     flag = parser.add_argument_group("the model").add_argument
     message = "checkpoint or packed file to test"
     flag("--pretrained", type=flags.path, required=True, metavar="P", help=message)
-    flag("--pruned", action="store_true", help="it holds masks")
+    flag("--pruned", action="store_true", help="the checkpoint is pruned: it has masks")
     default = "the last that it has learned, or else the last of all"
     flags.add_state_flag(flag, "test on the classes of tasks 1..t", default)
     flag("--batch_size", **flags.BATCH_SIZE)
@@ -57,6 +59,16 @@ def check_state(args, known):
     args.state = args.state or learned
 
 
+def check_record(args, prefix):
+    """Raise UserError if --save_dir holds the record of another checkpoint under this name."""
+    path = Path(args.save_dir or "", f"{prefix}results.json")
+    if args.save_dir and os.path.exists(path):
+        with explain(path, "is not a results file", "; choose another folder"):
+            tested = json.loads(path.read_text())["config"]["pretrained"]
+        if os.path.realpath(tested) != os.path.realpath(args.pretrained):
+            raise UserError(f"{path}: belongs to {tested}; choose another --save_dir")
+
+
 def main(argv=None):
     args, start = make_parser().parse_args(argv), time.monotonic()
     known, state = read_weights(args.pretrained)
@@ -72,6 +84,8 @@ def main(argv=None):
     model = build_model(args).to(device)
     pruning_utils.load_state(model, state, source=f"--pretrained {args.pretrained}")
     data = dataset.load(args, device, pool=False, splits=("test",), known=known)
+    prefix = f"test_{Path(args.pretrained).stem}_state{args.state}_"
+    check_record(args, prefix)
     results = records.new_results("test", args, data, model)
     print(records.run_summary(results, data, model), end="", flush=True)
     evaluated = evaluate(model, data.test, args.state, data, args.batch_size)
@@ -82,10 +96,7 @@ def main(argv=None):
     row |= {"seconds": time.monotonic() - start}
     results["states"] = [row]
     if args.save_dir:
-        folder, prefix = (
-            Path(args.save_dir),
-            f"test_{Path(args.pretrained).stem}_state{args.state}_",
-        )
+        folder = Path(args.save_dir)
         records.write_results(folder, prefix, results)
         table = records.confusion_table(confusion, results["class_names"])
         save_text(folder / f"{prefix}confusion.csv", table)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.images import download_file, explain
+from datasets.images import download_file
 from datasets.spec import RawSet
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 from runtime.files import load_pickle
 
 

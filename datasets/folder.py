@@ -5,7 +5,7 @@ import unicodedata
 
 from datasets.images import list_images
 from datasets.spec import RawSet
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 
 
 def normalize_name(name):
@@ -16,8 +16,9 @@ def normalize_name(name):
 def read(source, download, with_pool):
     """Names of files. Without a folder test/ the test split is empty."""
     label, train = f"--source {source}", source / "train"
-    found = train.iterdir() if train.is_dir() else ()
-    found = [p.name for p in found if p.is_dir() and not p.name.startswith(".")]
+    with explain(label):
+        found = train.iterdir() if train.is_dir() else ()
+        found = [p.name for p in found if p.is_dir() and not p.name.startswith(".")]
     names = sorted({*map(normalize_name, found)})
     if not names:
         raise UserError(f"{label}: put a folder of images for each class into {train}")

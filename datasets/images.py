@@ -12,21 +12,9 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, explain, first_line
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata does no harm
-
-
-@contextlib.contextmanager
-def explain(label, wrong="cannot be read", advice=""):
-    """Raise UserError in place of any exception: a damaged file can cause all kinds."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = first_line(error).partition(" <")[0]  # Pillow's may end with the file object
-        raise UserError(f"{label}: {wrong} ({reason}){advice}") from None
 
 
 def list_files(source):

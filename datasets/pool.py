@@ -61,7 +61,9 @@ def reduce_pool(pool, origin, known, size=None, seed=0):
     equal = sum(key in known for key in keys)
     dropped = {"equal": equal, "repeated": len(pool) - equal - len(kept)}
     if not kept:
-        raise UserError(f"--unlabeled {origin}: the dataset holds all of its images")
+        raise UserError(
+            f"pool: all images of {origin} are also in the dataset; choose others with --unlabeled"
+        )
     if size:
         kept = np.sort(shuffle(np.array(kept), seed, "pool_size")[:size])
     print(

@@ -14,10 +14,10 @@ import numpy as np
 from filelock import FileLock
 
 from datasets import DATASETS
-from datasets.images import decode, explain, print_left_out
+from datasets.images import decode, print_left_out
 from datasets.pool import digests, read_pool, read_published_pool, reduce_pool
 from datasets.spec import SPLITS, check_images, file_of, shuffle
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 from runtime.files import atomic_write, load_array, load_pickle, save_array, save_text
 
 MIN_IMAGES = 10  # training images of a class, so that val gets one
@@ -26,11 +26,13 @@ MIN_IMAGES = 10  # training images of a class, so that val gets one
 
 
 def read_meta(folder):
-    """The content of a prepared dataset's meta.json; {} if it is missing or cannot be read."""
-    try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    """The content of a prepared dataset's meta.json; {} if it is missing or damaged."""
+    path = folder / "meta.json"
+    with explain(path):
+        try:
+            return json.loads(path.read_text()) if os.path.exists(path) else {}
+        except ValueError:
+            return {}
 
 
 def holds_set(name, folder):
@@ -217,11 +219,11 @@ def read_prepared(name, folder, pool, splits):
         advice = "train with --no_teaching, or prepare it again with --unlabeled"
         raise UserError(f"--data {folder}: was prepared without a pool; {advice}")
     arrays, advice = {}, f"; remove {folder} and prepare it again"
-    with explain(folder / "meta.json", advice=advice):
+    with explain(folder / "meta.json", "is damaged", advice):
         meta["names"] = {int(c): str(label) for c, label in meta["names"].items()}
     for split in splits:
         path = folder / f"{name}_{file_of(split)}.npz"
-        with explain(path, advice=advice), np.load(path, allow_pickle=False) as content:
+        with explain(path, "is damaged", advice), np.load(path, allow_pickle=False) as content:
             arrays[split] = {int(c): content[c] for c in content.files}
     return arrays, load_array(folder / f"{name}_pool.npy") if pool else None, meta
 

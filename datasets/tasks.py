@@ -8,10 +8,9 @@ from PIL import Image, ImageDraw
 
 from datasets import DATASETS
 from datasets.folder import normalize_name
-from datasets.images import explain
 from datasets.prepare import read_meta
 from datasets.spec import SPLITS
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError, explain, one_line
 
 
 def set_folder(args):
@@ -23,7 +22,7 @@ def not_prepared(args):
     """The error for a dataset that is not there, with the command that prepares it."""
     source = "" if DATASETS[args.dataset].classes else " --source DIR"
     command = f"python dataset.py --dataset {args.dataset} --data {set_folder(args)}{source}"
-    return UserError(f"--data {set_folder(args)}: holds no {args.dataset}; prepare it: {command}")
+    return UserError(f"--data {set_folder(args)}: contains no prepared dataset; run: {command}")
 
 
 def resolve_tasks(args):

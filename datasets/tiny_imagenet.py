@@ -1,8 +1,8 @@
 """Tiny-ImageNet, from its archive or the folder that it unpacks to; 64x64 JPEG files."""
 
-from datasets.images import download_file, explain, is_image, list_files
+from datasets.images import download_file, is_image, list_files
 from datasets.spec import RawSet
-from runtime.errors import UserError
+from runtime.errors import UserError, explain
 
 # The address and MD5 sum are unconfirmed: the download has not been tried yet.
 ARCHIVE, MD5 = "tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"

@@ -81,7 +81,7 @@ class LifelongNet(nn.Module):
         first = keys[0]  # the first convolution, whose outputs are the width
         if own[first] != found[first] and own[first][1:] == found[first][1:]:
             width = found[first][0]
-            return f"has width {width}, not {own[first][0]}; type --width {width}"
+            return f"has width {width}, not {own[first][0]}; use --width {width}"
         heads, expected = count_heads(found), count_heads(own)
         if heads != expected:
             return (

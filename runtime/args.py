@@ -63,7 +63,7 @@ def number(kind, low=-math.inf, high=math.inf, expected=None):
             value = kind(text)
             if math.isfinite(value) and low <= value <= high:
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
@@ -91,7 +91,7 @@ BATCH_SIZE = {
     "type": int_range(1),
     "default": 256,
     "metavar": "N",
-    "help": f"images a batch; divided into four sub-batches after task 1 {DEFAULT}",
+    "help": f"batch size; in tasks 2, 3, ... split into four sub-batches {DEFAULT}",
 }
 
 
@@ -104,13 +104,13 @@ def training_parser(description, save_dir, datasets, backbones, queries=True):
     parser = Parser(description)
     add_data_flags(parser, datasets)
     flag = parser.add_argument_group("training").add_argument
-    flag("--epochs", type=int_range(1), default=100, metavar="N", help=f"per task {DEFAULT}")
+    flag("--epochs", type=int_range(1), default=100, metavar="N", help=f"epochs per task {DEFAULT}")
     flag("--batch_size", **BATCH_SIZE)
     flag("--lr", type=positive, default=0.01, metavar="X", help=f"learning rate {DEFAULT}")
     message = f"epochs after which the learning rate is divided by 10 {DEFAULT}"
     flag("--decreasing_lr", type=int_list, default="60,80", metavar="E,E", help=message)
-    flag("--momentum", type=share, default=0.9, metavar="X", help=f"of SGD {DEFAULT}")
-    message = f"of SGD, also on BatchNorm and heads {DEFAULT}"
+    flag("--momentum", type=share, default=0.9, metavar="X", help=f"SGD momentum {DEFAULT}")
+    message = f"weight decay, applied to all parameters {DEFAULT}"
     flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=message)
     if queries:
         message = f"pool images that each exemplar queries for lottery teaching {DEFAULT}"
@@ -157,7 +157,8 @@ def add_data_flags(parser, datasets):
 
 def add_network_flags(parser, backbones):
     """The network (a name in `backbones`) and the device it runs on."""
-    flag = parser.add_argument_group("network and device").add_argument
+    group = parser.add_argument_group("network and device")
+    flag = group.add_argument
     message = "resnet18, the paper's (default), or resnet32, the CIFAR network of iCaRL and others"
     flag("--arch", choices=backbones, help=message)
     message = "channels of the first layer (default 64 for resnet18, 16 for resnet32)"
@@ -168,7 +169,7 @@ def add_network_flags(parser, backbones):
     )
     flag("--precision", choices=("fp32", "bf16"), default="fp32", help=message)
     message = "cpu, cuda, cuda:N or mps (default: cuda:<--gpu>, else mps, else cpu)"
-    device = parser.add_mutually_exclusive_group().add_argument
+    device = group.add_mutually_exclusive_group().add_argument
     device("--device", metavar="DEVICE", help=message)
     device("--gpu", type=int_range(0), metavar="N", help="CUDA device (default 0)")
     message = (
@@ -200,6 +201,10 @@ def add_state_flag(flag, description, default="the last"):
 # ------------------------------------------------------------------------------ filling in
 
 
+# what a file of ours knows and a flag must not contradict
+KNOWN = "dataset", "arch", "width", "classifiers", "classes_per_classifier", "class_order"
+
+
 def adopt(args, known, source):
     """Fill in what a file of ours knows of its network, dataset and tasks.
 
@@ -207,9 +212,9 @@ def adopt(args, known, source):
     line says what is assumed. Raises UserError where a flag contradicts it.
     """
     if known is None:
-        print(f"{source}: does not say its network, dataset and class order; flags and defaults do")
+        print(f"{source}: network, dataset and class order are those of flags and defaults")
         return
-    for key in ("dataset", "arch", "width", "classifiers", "classes_per_classifier"):
+    for key in KNOWN[:-1]:
         given = getattr(args, key)
         if given is not None and given != known[key]:
             raise UserError(f"--{key} {given}: {source} has --{key} {known[key]}; remove --{key}")
@@ -262,7 +267,6 @@ def pick_device(args):
             raise RuntimeError("expected cpu, cuda, cuda:N or mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        flag = "device" if args.device else "gpu"
-        reason = first_line(error)
-        raise UserError(f"--{flag} {name}: {reason}; try --device cpu") from None
+        given = f"--device {name}" if args.device else f"--gpu {args.gpu or 0}"
+        raise UserError(f"{given}: {first_line(error)}; try --device cpu") from None
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, explain, first_line
 
 ABANDONED_SECONDS = 600  # no writer takes so long
 
@@ -27,7 +27,7 @@ def atomic_write(path, write):
     UserError if the file cannot be written, or if `path` is a folder, device or pipe.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a regular file; choose another name")
     # a name of its own for each writer, so that two of one file do not mix; a killed one's stays
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -91,12 +91,12 @@ def sha256(file):
 
 
 def file_checksum(path):
-    """SHA-256 of a file in hex; None if it cannot be read."""
-    try:
+    """SHA-256 of a file in hex; None if there is none."""
+    with explain(path):
+        if not os.path.exists(path):
+            return None
         with open(path, "rb") as file:
             return sha256(file)
-    except OSError:
-        return None
 
 
 def check_zip(path, limit):
@@ -119,17 +119,11 @@ def load_array(path, label=None):
 
     label: what an error calls the file, by default its path.
     """
-    label = label or path
-    try:
+    with explain(label or path, "is not a plain .npy array", "; choose another"):
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
-        return array
-    except OSError as error:
-        raise UserError(f"{label}: cannot be read ({first_line(error)})") from None
-    except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)
-        raise UserError(f"{label}: is not a plain .npy array ({reason}); choose another") from None
+    return array
 
 
 class PickledDtype:
@@ -201,11 +195,5 @@ def load_pickle(path):
 
     Raises UserError if it holds anything else.
     """
-    try:
-        with open(path, "rb") as file:
-            return without_stand_ins(ArrayUnpickler(file, encoding="latin1").load())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = first_line(error)
-        raise UserError(f"{path}: is not a pickle of plain arrays ({reason})") from None
+    with explain(path, "is not a pickle of plain arrays"), open(path, "rb") as file:
+        return without_stand_ins(ArrayUnpickler(file, encoding="latin1").load())

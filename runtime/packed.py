@@ -10,7 +10,6 @@ header               uint8: JSON in UTF-8, an object of format, version, args (a
 Weights outside the mask are not kept and come back as 0. All shapes follow from the args.
 """
 
-import contextlib
 import json
 from argparse import Namespace
 
@@ -19,7 +18,7 @@ import torch
 
 from models import build_model
 from models.base import MASK, ORIG
-from runtime.errors import UserError, first_line
+from runtime.errors import explain
 from runtime.files import atomic_write, check_zip
 
 FORMAT, VERSION = "lifelong-tickets", 2
@@ -57,7 +56,7 @@ def is_packed(path):
 
 def read_header(path):
     """The header of a packed file, a dict. Raises UserError for a damaged or foreign file."""
-    with reported(path), np.load(path, allow_pickle=False) as arrays:
+    with explain(path, "is not an intact packed file"), np.load(path, allow_pickle=False) as arrays:
         header = json.loads(arrays["header"].tobytes())
         if (found := (header["format"], header["version"])) != (FORMAT, VERSION):
             raise ValueError(f"its format is {found}, expected {(FORMAT, VERSION)}")
@@ -71,26 +70,13 @@ def read(path):
     Raises UserError for a damaged or foreign file.
     """
     args = read_header(path)["args"]
-    with reported(path):
+    with explain(path, "is not an intact packed file"):
         with torch.device("meta"):
             tensors = build_model(Namespace(**args, precision="fp32")).state_dict()
         # a mask has a bit for each weight, the start of an array 128 bytes
         check_zip(path, sum(t.nbytes + t.numel() // 8 + 1000 for t in tensors.values()))
         with np.load(path, allow_pickle=False) as arrays:
             return args, unpack(arrays, tensors)
-
-
-@contextlib.contextmanager
-def reported(path):
-    """Make any error within a UserError that names the file; a damaged one can raise anything."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
-    except Exception as error:
-        raise UserError(f"{path}: is not an intact packed file ({first_line(error)})") from None
 
 
 def unpack(arrays, tensors):

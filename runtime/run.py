@@ -66,9 +66,6 @@ class Run:
         if not prefix and not args.no_teaching:  # main_train only reads from there
             self.locks.append(lock(Path(args.save_data_path), ".lock"))
         self.journal = self.open_journal(script, inputs or {})
-        for name in (*self.journal["wrote"], *(prefix + name for name in RECORDS)):
-            for part in self.path(name).parent.glob(f".{self.path(name).name}.*.part"):
-                part.unlink()  # a killed process was writing it
         self.epochs = []  # the rows of metrics.csv
         if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))
@@ -100,7 +97,8 @@ class Run:
         was, overwrite, wrote = self.read_journal(), self.args.overwrite, []
         if was and was["script"] != script:
             raise UserError(
-                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose another"
+                f"--save_dir {self.folder}: holds a run of {was['script']}.py; choose "
+                f"another folder"
             )
         if was and not overwrite:
             self.check_settings(was, settings)
@@ -114,7 +112,7 @@ class Run:
             found += sorted(Path(self.args.save_data_path).glob("task*_img.npy"))
         for path in found:
             if path.exists() and f"data/{path.name}" not in wrote:
-                raise UserError(f"{path}: is of another run; choose another folder")
+                raise UserError(f"{path}: belongs to another run; choose another folder")
         for name in (*wrote, *(self.prefix + name for name in RECORDS)) if overwrite else ():
             self.path(name).unlink(missing_ok=True)  # run.json last, since it lists the files
         return settings | {"stages": {}, "rows": [], "wrote": [], "seconds": 0.0}
@@ -213,12 +211,6 @@ class Run:
         """The result that finish() recorded; None where the stage is not done."""
         return self.journal["stages"].get(stage, {}).get("result")
 
-    def cached(self, stage, function, *arguments):
-        """function(*arguments), a plain value, computed once in the life of the run."""
-        if not self.done(stage):
-            self.finish(stage, value=function(*arguments))
-        return self.result(stage)["value"]
-
     def discard(self, prefix):
         """Drop the stages whose names start with `prefix`, and their files: no longer needed."""
         stages = [stage for stage in self.journal["stages"] if stage.startswith(prefix)]
@@ -238,9 +230,15 @@ class Run:
             self.last_saved = time.monotonic()
 
     def progress(self, stage):
-        """What save_progress() saved last; None if nothing."""
+        """What save_progress() saved last; None if this run has saved nothing, or it is damaged."""
         name = f"{stage}_progress.pt"
-        return self.load(name) if self.path(name).exists() else None
+        if name not in self.journal["wrote"] or not self.path(name).exists():
+            return None
+        try:
+            return self.load(name)
+        except UserError as error:
+            print(f"{error}; {stage} starts over", flush=True)
+            return None
 
     def record_epoch(self, stage, row, images):
         """Add an epoch of a stage to metrics.csv, in place of its rows from that epoch on.

@@ -73,7 +73,7 @@ def read_folder(folder):
             if content["states"]:
                 records.append(read_record(content, path, records))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{path}: damaged or not a results file, give another run") from None
+            raise UserError(f"{path}: is not a results file; choose another run") from None
     if not records:
         raise UserError(f"{folder}: no results.json with results, give the --save_dir of a run")
     return records
@@ -101,7 +101,9 @@ def setting(config):
             continue
         if name == "data":
             value = Path(value).name
-        if name in ("weight", "mask", "pretrained"):  # the files of all tasks have one name
+        if name == "pretrained":
+            value = Path(value).name
+        if name in ("weight", "mask"):  # the files of all tasks have one name
             value = re.sub(r"\d+", "*", Path(value).name)
         if isinstance(value, list):
             value = ",".join(map(str, value))

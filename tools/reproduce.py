@@ -175,6 +175,8 @@ def parse(argv):
     if embedded and args.data:
         raise UserError("--data: a rehearsal uses the embedded digits; remove --data")
     args.seeds = [*dict.fromkeys(args.seeds)]
+    if not args.seeds:
+        raise UserError("--seeds: expected at least one seed")
     args.out = Path(args.out or ("reproduce" if args.size == "small" else f"reproduce_{args.size}"))
     args.data = None if embedded else args.data or str(args.out / "data")
     several = args.chain is None and "--device cpu" in SIZES[args.size].train
@@ -204,7 +206,10 @@ def prepare_data(args):
 
 def read_journal(job):
     """What the run.json of a Job holds, and whether that says that this very command is done."""
-    journal = json.loads(job.journal.read_text()) if job.journal.exists() else {}
+    try:
+        journal = json.loads(job.journal.read_text()) if job.journal.exists() else {}
+    except ValueError:
+        journal = {}  # a damaged one, which the run itself reports
     return journal, "finished" in journal and journal["command"] == job.command[1:]
 
 
