@@ -36,8 +36,7 @@ def make_parser():
         "(zero, default), of the task's best model (best), new random ones (rand), or no change "
         "(finetune)"
     )
-    choices = ("zero", "best", "rand", "finetune")
-    flag("--rewind", choices=choices, default="zero", help=message)
+    flag("--rewind", choices=("zero", "best", "rand", "finetune"), default="zero", help=message)
     return parser
 
 

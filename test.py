@@ -91,9 +91,8 @@ def main(argv=None):
     evaluated = evaluate(model, data.test, args.state, data, args.batch_size)
     confusion = evaluated.pop("confusion")
     row = {"state": args.state, "mean": mean(evaluated["accuracy"])} | evaluated
-    row |= {"density": pruning_utils.density(masks)}
     row |= pruning_utils.network_record(masks, args, data)
-    row |= {"seconds": time.monotonic() - start}
+    row |= {"density": pruning_utils.density(masks), "seconds": time.monotonic() - start}
     results["states"] = [row]
     if args.save_dir:
         folder = Path(args.save_dir)

@@ -77,7 +77,6 @@ def start_run(script, args):
 
 def make_optimizer(model, args, lr):
     """SGD over all parameters. Those without a gradient, the heads to come, stay as they are."""
-    model.zero_grad(set_to_none=True)
     return torch.optim.SGD(
         model.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
