@@ -1,12 +1,9 @@
 """Files: written atomically, and read without running any code that they may hold."""
 
-import contextlib
-import glob
 import hashlib
 import os
 import pickle
 import secrets
-import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -14,8 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError, explain, first_line
-
-ABANDONED_SECONDS = 600  # no writer takes so long
 
 # ------------------------------------------------------------------------------ writing
 
@@ -29,11 +24,7 @@ def atomic_write(path, write):
     path = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is not a regular file; choose another name")
-    # a name of its own for each writer, so that two of one file do not mix; a killed one's stays
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
-                part.unlink()
+    # a name of its own for each writer, so that two of one file do not mix
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,9 @@ class Run:
         if not prefix and not args.no_teaching:  # main_train only reads from there
             self.locks.append(lock(Path(args.save_data_path), ".lock"))
         self.journal = self.open_journal(script, inputs or {})
+        for name in (*self.journal["wrote"], *(prefix + name for name in RECORDS)):
+            for part in self.path(name).parent.glob(f".{self.path(name).name}.*.part"):
+                part.unlink()  # a killed process was writing it
         self.epochs = []  # the rows of metrics.csv
         if self.journal["wrote"]:
             self.epochs = records.read_epochs(self.path(f"{prefix}metrics.csv"))

@@ -225,6 +225,10 @@ def test_another_ticket_is_named_in_main_train(scripts, commands, reference, tmp
     shutil.copy(folder / "run/mask-2.pt", folder / "same.pt")
     same = [each.replace("run/mask-2", "same") for each in commands["train"]]
     assert scripts.run(same, folder).status == 0
+    content = torch.load(folder / "run/mask-2.pt", weights_only=True)
+    content["args"]["class_order"] = content["args"]["class_order"][::-1]
+    torch.save(content, folder / "same.pt")
+    scripts.run(same, folder).check_error("--mask same.pt", "class_order")
 
 
 def test_a_folder_of_another_run_is_left_alone(scripts, commands, finished):
@@ -233,9 +237,22 @@ def test_a_folder_of_another_run_is_left_alone(scripts, commands, finished):
         scripts.run([*commands["TD"], *flags], finished).check_error("a run of main_CIL.py")
     (run / "run.json").unlink()  # a record that nothing says how to resume
     before = processes.tree(finished)
-    scripts.run(commands["CIL"], finished).check_error("run/results.json: is of another run")
+    scripts.run(commands["CIL"], finished).check_error("run/results.json: belongs to another run")
     assert processes.tree(finished) == before
     assert scripts.run([*commands["CIL"], "--overwrite"], finished).status == 0
+
+
+def test_progress_of_another_run_or_a_damaged_one_is_not_resumed(scripts, commands, tmp_path):
+    stop = "torch.optim.SGD.step", 4, "SIGKILL"
+    scripts.run(commands["CIL"], tmp_path, stop=stop, save_seconds=0)
+    progress = tmp_path / "run/task1_progress.pt"
+    progress.write_bytes(progress.read_bytes()[:99])
+    ended = scripts.run(commands["CIL"], tmp_path, stop=stop, save_seconds=0)
+    assert ended.status == -signal.SIGKILL and "task1 starts over" in ended.out
+    (tmp_path / "run/run.json").write_text("{")
+    argv = [*commands["CIL"], "--lr", "0.02", "--overwrite"]
+    ended = scripts.run(argv, tmp_path, stop=("trainer.train_epoch", 1, "SIGTERM"))
+    assert ended.status == 143 and progress.exists() and "resumes after epoch" not in ended.out
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])

@@ -256,7 +256,7 @@ ERRORS = {
     "pack ticket.pt": "--out",
     "export ticket.npz --out a.pt2": "--out a.pt2: expected a name that ends in .onnx",
     "export ticket.npz --out a.onnx --state 4": "--state 4: expected a task from 1 to 3",
-    "classify --pretrained ticket.npz folder": "folder: is not a readable image (Is a directory)",
+    "classify --pretrained ticket.npz folder": "folder: cannot be read (Is a directory)",
     "classify --pretrained ticket.npz none.png": "none.png",
     "classify --pretrained ticket.npz text.npz": "text.npz",
     "classify --pretrained ticket.npz a.png --state 4": "--state 4: expected a task from 1 to 3",
