@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from datasets import DATASETS
-from datasets.prepare import check_arrays, ensure_prepared, holds_set, read_meta, read_set
+from datasets import DATASETS, prepare
 from datasets.spec import SPLITS
 from datasets.tasks import class_order, draw, not_prepared, resolve_tasks, set_folder, table
 from runtime.args import Parser, add_data_flags, int_range, path
@@ -158,15 +157,17 @@ def load(args, device, pool=True, splits=SPLITS, known=None):
     """
     spec = DATASETS[args.dataset]
     folder = spec.embedded or set_folder(args)
-    if not spec.embedded and not holds_set(args.dataset, folder):
+    if not spec.embedded and not prepare.holds_set(args.dataset, folder):
         if args.data or not spec.classes:
             raise not_prepared(args)
-        ensure_prepared(args.dataset, folder)
+        prepare.ensure_prepared(args.dataset, folder)
     pool = pool and not getattr(args, "no_teaching", False)
-    arrays, unlabeled, meta = read_set(args.dataset, folder, pool, splits)
+    arrays, unlabeled, meta = prepare.read_set(args.dataset, folder, pool, splits)
     tasks, classes, names = args.classifiers, args.classes_per_classifier, meta["names"]
     order = class_order(args, names, len(names) or spec.classes, known)[: tasks * classes]
-    shape = check_arrays(folder, arrays, unlabeled, order)
+    shape = prepare.check_arrays(folder, arrays, unlabeled, order)
+    if number := getattr(args, "exemplars", None):
+        arrays["exemplars"] = prepare.limit_exemplars(folder, arrays["exemplars"], number)
     on_device = {split: {} for split in SPLITS}
     for split in splits:  # free the arrays of a split once it is on the device
         own = arrays.pop(split)
@@ -231,11 +232,13 @@ def main(argv=None):
         if options[key] is not None:
             raise UserError(f"--{key}: not allowed with --dataset {args.dataset}; remove --{key}")
     if not spec.embedded:
-        if not (args.source or spec.classes or holds_set(args.dataset, folder)):
+        if not (args.source or spec.classes or prepare.holds_set(args.dataset, folder)):
             raise not_prepared(args)
-        ensure_prepared(args.dataset, folder, **options)
+        prepare.ensure_prepared(args.dataset, folder, **options)
     resolve_tasks(args)
-    data = load(args, torch.device("cpu"), pool=read_meta(folder).get("pool", "") is not None)
+    data = load(
+        args, torch.device("cpu"), pool=prepare.read_meta(folder).get("pool", "") is not None
+    )
     print(table(data))
     atomic_write(folder / "preview.png", lambda file: draw(data).save(file, "PNG"))
     print(f"picture: {folder / 'preview.png'}")

@@ -7,10 +7,7 @@ retrains the ticket of task 3 from the dense weights of task 2: the paper's task
 ticket ("TR-BU"). The soft labels are those of a run that has finished task t-1
 (--save_data_path).
 
-    python main_train.py --weight $D/task2_best_model.pt --mask $D/mask-3.pt --state 3 \\
-        --control shuffle_mask
-
-trains a control in its place, a baseline for the ticket (docs/METHOD.md section 6).
+Add --control shuffle_mask, for example, to train a control in its place, a baseline for the ticket.
 """
 
 from runtime.threads import setup_threads

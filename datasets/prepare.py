@@ -228,6 +228,13 @@ def read_prepared(name, folder, pool, splits):
     return arrays, load_array(folder / f"{name}_pool.npy") if pool else None, meta
 
 
+def limit_exemplars(source, by_class, number):
+    """The first `number` exemplars of each class, which are in random order. Raises UserError."""
+    if (fewest := min(map(len, by_class.values()))) < number:
+        raise UserError(f"--exemplars {number}: a class of {source} has {fewest} exemplars")
+    return {c: images[:number] for c, images in by_class.items()}
+
+
 def check_arrays(source, arrays, pool, order):
     """Check the splits for every class in order. Returns the shape of an image, [H,W,3].
 

@@ -95,11 +95,10 @@ BATCH_SIZE = {
 }
 
 
-def training_parser(description, save_dir, datasets, backbones, queries=True):
+def training_parser(description, save_dir, datasets, backbones):
     """A parser with the flags of every script that trains.
 
     save_dir: text for the default of --save_dir. datasets, backbones: the names to choose from.
-    queries: whether the script queries the pool itself.
     """
     parser = Parser(description)
     add_data_flags(parser, datasets)
@@ -112,9 +111,11 @@ def training_parser(description, save_dir, datasets, backbones, queries=True):
     flag("--momentum", type=share, default=0.9, metavar="X", help=f"SGD momentum {DEFAULT}")
     message = f"weight decay, applied to all parameters {DEFAULT}"
     flag("--weight_decay", type=not_negative, default=5e-4, metavar="X", help=message)
-    if queries:
-        message = f"pool images that each exemplar queries for lottery teaching {DEFAULT}"
-        flag("--unlabel_num", type=int_range(1), default=50, metavar="N", help=message)
+    message = "exemplars per class (default: all that the dataset has, 100 as published)"
+    flag("--exemplars", type=int_range(1), metavar="N", help=message)
+    message = f"pool images that each exemplar queries for lottery teaching {DEFAULT}"
+    at_least_one = int_range(1, expected="an integer >= 1 (for no teaching: --no_teaching)")
+    flag("--unlabel_num", type=at_least_one, default=50, metavar="N", help=message)
     message = "train with exemplars alone, without unlabeled images (an ablation of the paper)"
     flag("--no_teaching", action="store_true", help=message)
     message = (

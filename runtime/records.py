@@ -15,7 +15,6 @@ import torch
 from runtime.files import save_text
 from runtime.measures import average_incremental_accuracy, backward_transfer, forgetting
 
-SPLITS = "train", "val", "test", "exemplars"
 LOSS_TERMS = "random", "new", "old", "distillation", "distillation_main"  # not weighted
 NUMBERS = "lr", "loss", *LOSS_TERMS, "accuracy", "seconds", "images_per_second"
 SETTINGS = {  # the flags that a run prints first
@@ -55,9 +54,7 @@ def new_results(script, args, data, model):
 
 def run_summary(results, data, model):
     """The first lines of a run: device, dataset, network, and its settings."""
-    splits = {split: sum(map(len, vars(data)[split].values())) for split in SPLITS}
-    splits["pool"] = len(data.pool)
-    counts = ", ".join(f"{count:,} {split}" for split, count in splits.items() if count)
+    counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items() if count)
     lines = {
         "device": f"{results['device']}, {torch.get_num_threads()} CPU threads, PyTorch "
         f"{torch.__version__}",

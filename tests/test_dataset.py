@@ -284,3 +284,11 @@ def test_torchvision_is_not_imported_at_start(module):
     code = f"import sys, {module}; print('torch' in sys.modules, 'torchvision' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
     assert run.stdout.split() == [b"True", b"False"], run.stderr
+
+
+def test_fewer_exemplars_are_the_first_of_those_drawn():
+    args = parse("--dataset", "digits")
+    every = dataset.load(args, torch.device("cpu")).exemplars
+    args.exemplars = 7
+    kept = dataset.load(args, torch.device("cpu")).exemplars
+    assert {*kept} == {*every} and all(torch.equal(kept[c], every[c][:7]) for c in every)
