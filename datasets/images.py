@@ -49,7 +49,7 @@ def download_file(url, path, md5):
     from torchvision.datasets.utils import download_url  # slow: it doubles the start time
 
     part = path.with_name(f"{path.name}.part")  # never half-written under its own name
-    advice = f"; put it into {path.parent}, or give its folder with --raw"
+    advice = f"; put it into {path.parent}, or prepare it: dataset.py --raw DIR"
     with explain(path.name, "cannot be downloaded", advice):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
