@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md"), *ROOT.glob("results/*/*.md")])
-FOREIGN = {"--index-url", "--array", "--gpus", "--cpus-per-task"}  # of pip and sbatch
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/*.md"), *ROOT.glob("results/*/*.md")])
+FOREIGN = {"--array", "--gpus", "--cpus-per-task"}  # of pip and sbatch
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -25,7 +25,7 @@ ROOMS = {
     **dict.fromkeys(METHOD, {*METHOD, "models", "datasets", "utils", "runtime"}),
     **dict.fromkeys(SCRIPTS, {*METHOD, "models", "utils", "runtime"}),
 }
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/*.md"), *ROOT.glob("results/*/*.md")])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/*.md"), *ROOT.glob("results/*/*.md")])
 
 
 @pytest.mark.parametrize("room", ROOMS)
