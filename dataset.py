@@ -175,7 +175,7 @@ def load(args, device, pool=True, splits=SPLITS, known=None):
     unlabeled = np.zeros((0, *shape), np.uint8) if unlabeled is None else unlabeled
     mean, std = (spec.mean, spec.std) if spec.mean else (meta["mean"], meta["std"])
     return Data(
-        source=str(folder),
+        source="embedded" if spec.embedded else str(folder),
         classifiers=tasks,
         classes_per_classifier=classes,
         order=order,

@@ -80,9 +80,8 @@ def find_ticket(model, task, run, dense_accuracy):
         limits = f"--max_iter_prun {args.max_iter_prun}"
     if masks is None:
         raise UserError(
-            f"--percent {args.percent:g}, --deacc {args.deacc:g}, --base_sparsity "
-            f"{args.base_sparsity:g}: not even the first pruning is within these limits, so there "
-            f"is no ticket; choose a smaller --percent or a larger --deacc"
+            f"--percent {args.percent:g}, --deacc {args.deacc:g}: no pruning is within these "
+            f"limits, so there is no ticket; choose a smaller --percent or a larger --deacc"
         )
     run.log(f"task 1: the search ended at {limits}")
     return masks, state, rounds
@@ -144,11 +143,10 @@ def keep_or_regrow(model, task, run, dense, masked, current):
     """
     dense_mean, masked_mean = (sum(each["accuracy"]) / task.t for each in (dense, masked))
     cost = exact(dense_mean - masked_mean)
-    if cost < run.args.accept_decay:
-        run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it stays")
-        return current, None, []
-    run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it re-grows")
-    return regrow(model, task, run, dense["overall"], current)
+    keep = cost < run.args.accept_decay
+    verb = "stays" if keep else "re-grows"
+    run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it {verb}")
+    return (current, None, []) if keep else regrow(model, task, run, dense["overall"], current)
 
 
 def evaluate(model, task, run, name):
@@ -191,8 +189,7 @@ def first_task(model, run):
         1,
         trainer.evaluate_tasks(model, task, run, "task1_ticket"),
         pruning_utils.density(masks),
-        ticket_density=pruning_utils.density(masks),
-        **pruning_utils.network_record(masks, args, data),
+        **pruning_utils.ticket_record(masks, args, data),
         dense_accuracy=dense["accuracy"],
         dense_training=trained.summary(),
         rounds=found["rounds"],
@@ -225,8 +222,7 @@ def next_task(model, t, run, start, current):
         t,
         tested,
         pruning_utils.density(current),
-        ticket_density=pruning_utils.density(masks),
-        **pruning_utils.network_record(masks, args, data),
+        **pruning_utils.ticket_record(masks, args, data),
         dense_accuracy=dense_tested["accuracy"],
         training=masked.summary(),
         dense_training=trained.summary(),

@@ -143,8 +143,7 @@ def main(argv=None):
             t,
             evaluated,
             tested,
-            ticket_density=pruning_utils.density(masks),
-            **pruning_utils.network_record(masks, args, data),
+            **pruning_utils.ticket_record(masks, args, data),
             training=trained.summary(),
         )
         # 4. train the next task; after the last one, that one once more

@@ -119,6 +119,11 @@ def network_record(masks, args, data):
     return {"layer_density": layers, "cost": cost(args, data.image_size, layers)}
 
 
+def ticket_record(masks, args, data):
+    """The fields of a record that describe a ticket."""
+    return {"ticket_density": density(masks)} | network_record(masks, args, data)
+
+
 def describe(masks):
     """The density of masks as text, and which layers they leave without a weight."""
     empty = [name for name, mask in masks.items() if not mask.any()]

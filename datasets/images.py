@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from runtime.errors import UserError, explain, first_line
+from runtime.files import check_zip
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long metadata does no harm
 
@@ -32,6 +33,7 @@ def list_files(source):
             found |= {path.relative_to(source).as_posix(): path for path in paths}
     else:
         with explain(source, "is not a zip archive"):
+            check_zip(source)
             archive = zipfile.ZipFile(source)
         names = [name for name in archive.namelist() if not name.endswith("/")]
         found = {name: zipfile.Path(archive, name) for name in names}

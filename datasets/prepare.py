@@ -18,7 +18,7 @@ from datasets.images import decode, print_left_out
 from datasets.pool import digests, read_pool, read_published_pool, reduce_pool
 from datasets.spec import SPLITS, check_images, file_of, shuffle
 from runtime.errors import UserError, explain
-from runtime.files import atomic_write, load_array, load_pickle, save_array, save_text
+from runtime.files import atomic_write, check_zip, load_array, load_pickle, save_array, save_text
 
 MIN_IMAGES = 10  # training images of a class, so that val gets one
 
@@ -223,8 +223,10 @@ def read_prepared(name, folder, pool, splits):
         meta["names"] = {int(c): str(label) for c, label in meta["names"].items()}
     for split in splits:
         path = folder / f"{name}_{file_of(split)}.npz"
-        with explain(path, "is damaged", advice), np.load(path, allow_pickle=False) as content:
-            arrays[split] = {int(c): content[c] for c in content.files}
+        with explain(path, "is damaged", advice):
+            check_zip(path)
+            with np.load(path, allow_pickle=False) as content:
+                arrays[split] = {int(c): content[c] for c in content.files}
     return arrays, load_array(folder / f"{name}_pool.npy") if pool else None, meta
 
 

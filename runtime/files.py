@@ -1,6 +1,7 @@
 """Files: written atomically, and read without running any code that they may hold."""
 
 import hashlib
+import math
 import os
 import pickle
 import secrets
@@ -90,11 +91,12 @@ def file_checksum(path):
             return sha256(file)
 
 
-def check_zip(path, limit):
+def check_zip(path, limit=math.inf):
     """Raise UserError for a zip archive (.npz, .zip) that unpacks to more than `limit` bytes.
 
     Its own list says so before anything is unpacked. Records must be stored or deflated, which
-    unpack to at most a thousand times their size. Raises zipfile.BadZipFile for a damaged one.
+    unpack to at most a thousand times their size, where bzip2 and LZMA know no bound. Raises
+    zipfile.BadZipFile for a damaged archive.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()

@@ -1,8 +1,7 @@
 """Packed files: a network as a compressed .npz, a ticket at a few percent of its size.
 
 header               uint8: JSON in UTF-8, an object of format, version, args (as a checkpoint has
-                     them), density (percent), accuracy (test, percent, tasks 1..state; or null),
-                     command (that trained it; or null)
+                     them), density (percent)
 <conv>.weight_mask   uint8 [ceil(n/8)]: np.packbits of a mask of n zeros and ones
 <conv>.weight_orig   float32 [k]: the k weights that remain, in the order of the weight's elements
 <key>                each other tensor of the state dict, as it is; of a dense network that is all
@@ -24,11 +23,11 @@ from runtime.files import atomic_write, check_zip
 FORMAT, VERSION = "lifelong-tickets", 2
 
 
-def write(path, args, state, **more):
+def write(path, args, state):
     """Write a packed file atomically. Returns its SHA-256 in hex.
 
-    args: as in a checkpoint; state: its state dict, dense or as torch.nn.utils.prune names it;
-    more: accuracy and command of the header. Raises UserError if it cannot be written.
+    args: as in a checkpoint; state: its state dict, dense or as torch.nn.utils.prune names it.
+    Raises UserError if it cannot be written.
     """
     arrays = {key: value.cpu().numpy() for key, value in state.items()}
     masks = {key: array != 0 for key, array in arrays.items() if key.endswith(MASK)}
@@ -38,7 +37,6 @@ def write(path, args, state, **more):
     left, total = (sum(map(count, masks.values())) for count in (np.count_nonzero, np.size))
     header = {"format": FORMAT, "version": VERSION, "args": args}
     header |= {"density": 100.0 * left / total if masks else 100.0}
-    header |= {"accuracy": None, "command": None} | more
     content = json.dumps(header, sort_keys=True).encode()
     arrays = {"header": np.frombuffer(content, np.uint8)} | arrays  # first, see is_packed()
     return atomic_write(path, lambda file: np.savez_compressed(file, **arrays))

@@ -271,10 +271,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             folder, rows = self.path(f"{self.prefix}tensorboard"), self.epochs
-            for path in folder.glob(
-                "events.out.tfevents.*"
-            ):  # they may hold epochs that come again
-                path.unlink()
+            for path in folder.glob("events.out.tfevents.*"):
+                path.unlink()  # it may hold epochs that come again
             self.tensorboard = SummaryWriter(folder)
         for each in rows:
             for name in each.keys() & {*records.NUMBERS}:

@@ -21,10 +21,7 @@ def setup_threads():
     On Linux the C library keeps freed memory for the next step: by default each large activation
     is fresh memory, which the system clears page by page, up to 40 % of a training step.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    if quota_cores() < cores:
+    if quota_cores() < allowed_cores():
         os.environ.setdefault("OMP_NUM_THREADS", str(quota_cores()))
     if not {"OMP_WAIT_POLICY", *WAITING} & os.environ.keys():
         os.environ.update(WAITING)
@@ -32,6 +29,11 @@ def setup_threads():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any allocation
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def allowed_cores():
+    """Number of cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota_cores(cgroup=Path("/sys/fs/cgroup")):

@@ -140,6 +140,8 @@ def prepare(
             setattr(sys, name, None)
             os.close(descriptor)
     os.chdir(cwd)
+    for name in import_module("runtime.process").STOPPING:  # also if pytest runs under nohup
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if ignored:
         signal.signal(signal.Signals[ignored], signal.SIG_IGN)

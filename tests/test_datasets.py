@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -209,6 +210,11 @@ BAD_TINY = {
     "a class without images": ({"wnids.txt": b"n01\nn09\n"}, "n09 has 0 training images"),
     "an image cut": ({"train/n02/images/n02_3.JPEG": encode(noise(1), "JPEG")[:300]}, "n02_3.JPEG"),
 }
+
+
+def test_an_archive_that_may_unpack_to_any_size_is_refused():
+    write_zip(tiny_files(), method=zipfile.ZIP_LZMA)
+    check_rejected(lambda: dataset.main([*TINY, "tiny.zip"]), "tiny.zip", "not deflated")
 
 
 @pytest.mark.parametrize("changes, word", BAD_TINY.values(), ids=BAD_TINY)
@@ -551,7 +557,16 @@ def put_meta(**changes):
     META.write_text(json.dumps(json.loads(META.read_text()) | changes))
 
 
+def compress(name, method):
+    """The same records, in a form that may unpack to any size."""
+    with zipfile.ZipFile(Path("set", name)) as archive:
+        records = {each: archive.read(each) for each in archive.namelist()}
+    write_zip(records, Path("set", name), method)
+
+
 DAMAGES = [
+    (lambda: compress("cifar10_val.npz", zipfile.ZIP_BZIP2), "not deflated"),
+    (lambda: compress("cifar10_train.npz", zipfile.ZIP_LZMA), "not deflated"),
     (lambda: put_meta(dataset="cifar100"), "--dataset cifar100"),
     (lambda: flip("cifar10_train.npz"), "cifar10_train.npz"),
     (lambda: os.unlink("set/cifar10_test.npz"), "cifar10_test.npz"),

@@ -142,6 +142,7 @@ def test_CIL_trains_all_tasks_and_writes_its_records(tmp_path, seen, device, cap
     assert capsys.readouterr().err == ""  # no progress bar without a terminal
     stored, data = results(tmp_path), seen.tasks[0].data
     assert stored == json.loads(json.dumps(run)) and results(tmp_path, "run.json")["finished"]
+    assert stored["config"]["data"] == "embedded"  # no path of this machine
     rows = stored["states"]
     for t, row in enumerate(rows, 1):
         best, last = tmp_path / f"task{t}_best_model.pt", tmp_path / f"task{t}_checkpoint.pt"

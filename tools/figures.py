@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from runtime.errors import one_line
 from runtime.files import atomic_write
+from runtime.records import LOSS_TERMS
 
-LOSSES = ["loss", "random", "new", "old", "distillation", "distillation_main"]
+LOSSES = ["loss", *LOSS_TERMS]
 FIGURE4 = Path(__file__).parent.parent / "data" / "figure4.json"
 CAPTIONS = {
     "accuracy": "Accuracy after each task; mean ± standard deviation",

@@ -31,7 +31,7 @@ from runtime.args import CONTROLS, DEFAULT, Parser, int_list, int_range, path
 from runtime.errors import UserError
 from runtime.files import save_text
 from runtime.process import STOPPING, Interrupted, run_script
-from runtime.threads import quota_cores
+from runtime.threads import allowed_cores, quota_cores
 from tools import report
 
 ROOT = Path(__file__).parent.parent
@@ -190,8 +190,7 @@ def parse(argv):
 
 def cores():
     """Number of cores that this process may keep busy."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(allowed or 1, quota_cores())
+    return min(allowed_cores(), quota_cores())
 
 
 # ------------------------------------------------------------------------------ running
