@@ -37,6 +37,7 @@ def query(exemplars, pool, num):
         return query(exemplars.cpu(), pool.cpu(), num).to(pool.device)
     exemplars, pool = exemplars.double(), pool.double()
     squares = pool.square().sum(1)
+    longest = squares.max()
     taken = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
     selected = taken.new_empty(min(num * len(exemplars), len(pool)), dtype=torch.long)
     done, block_size = 0, max(1, DISTANCES_AT_ONCE // max(1, len(pool)))
@@ -50,7 +51,7 @@ def query(exemplars, pool, num):
                 distances.masked_fill_(taken, torch.inf)
                 # Those that rounding cannot tell from the nearest are compared by differences,
                 # which are the same for equal images: their products may not be.
-                margin = ROUNDING * (exemplar.square().sum() + squares.max())
+                margin = ROUNDING * (exemplar.square().sum() + longest)
                 limit = utils.kth_smallest(distances, wanted) + margin
                 near = (distances <= limit).nonzero().squeeze(1)
                 exact = (pool[near] - exemplar).square().sum(1)

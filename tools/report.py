@@ -27,7 +27,7 @@ import pandas as pd
 
 from runtime import measures
 from runtime.args import CONTROLS, Parser
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError, explain, one_line
 from runtime.files import save_text
 from runtime.process import run_script
 from tools import figures
@@ -68,14 +68,12 @@ def read_folder(folder):
     """The records of a run's folder, its own first: see read_record(). Raises UserError."""
     records = []
     for path in sorted(Path(folder).glob("*results.json")):  # results.json, retrain_.., test_..
-        try:
+        with explain(path, "is not a results file", "; choose another run"):
             content = json.loads(path.read_text("utf-8"))
             if content["states"]:
                 records.append(read_record(content, path, records))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{path}: is not a results file; choose another run") from None
     if not records:
-        raise UserError(f"{folder}: no results.json with results, give the --save_dir of a run")
+        raise UserError(f"{folder}: no results.json with results; give the --save_dir of a run")
     return records
 
 
@@ -99,9 +97,7 @@ def setting(config):
     for name, value in config.items():
         if name in NO_SETTING or value is False or value == DEFAULTS.get(name):
             continue
-        if name == "data":
-            value = Path(value).name
-        if name == "pretrained":
+        if name in ("data", "pretrained"):
             value = Path(value).name
         if name in ("weight", "mask"):  # the files of all tasks have one name
             value = re.sub(r"\d+", "*", Path(value).name)
@@ -152,10 +148,8 @@ def state_rows(record, states):
 def read_csv(record, name, **options):
     """A frame of the CSV file of this name beside a record, None without it. Raises UserError."""
     path = record["path"].with_name(record["path"].name.replace("results.json", name))
-    try:
+    with explain(path, "is damaged", "; put an intact copy back, or remove it"):
         return pd.read_csv(path, encoding_errors="replace", **options) if path.exists() else None
-    except (OSError, ValueError, TypeError):  # pandas' own errors are ValueErrors
-        raise UserError(f"{path}: damaged, put an intact copy back or remove it") from None
 
 
 # ------------------------------------------------------------------------------ frames
