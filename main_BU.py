@@ -48,7 +48,7 @@ def parse(argv):
     return args
 
 
-def pruning_rounds(model, t, args, kept=None):
+def pruning_rounds(model, task, args, kept=None):
     """Up to --max_iter_prun prunings, each of the masks and weights that the one before has left.
 
     Yields the masks, to be retrained by the caller, and their sparsity in percent. kept: masks of
@@ -56,8 +56,8 @@ def pruning_rounds(model, t, args, kept=None):
     """
     masks = pruning_utils.masks_of(model)
     for number in range(1, args.max_iter_prun + 1):
-        stream = utils.BOTTOM_UP.format(t, number)
-        masks = pruning_utils.prune_once(model, masks, args, stream, kept)
+        stream = utils.BOTTOM_UP.format(task.t, number)
+        masks = pruning_utils.prune_once(model, task, masks, args, stream, kept)
         yield masks, 100 - pruning_utils.density(masks)
 
 
@@ -71,7 +71,7 @@ def find_ticket(model, task, run, dense_accuracy):
     args, masks, state, rounds = run.args, None, None, []
     limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
     may_start = args.deacc > 0 or args.base_sparsity > 0  # published: no drop, no sparsity yet
-    for pruned, sparsity in pruning_rounds(model, 1, args) if may_start else ():
+    for pruned, sparsity in pruning_rounds(model, task, args) if may_start else ():
         drop = retrain_round(model, task, run, dense_accuracy, pruned, rounds)
         if drop >= args.deacc and sparsity >= args.base_sparsity:
             break
@@ -94,7 +94,7 @@ def regrow(model, task, run, dense_accuracy, current):
     """
     args, masks, rounds, drop = run.args, None, [], 0
     limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
-    for pruned, sparsity in pruning_rounds(model, task.t, args, current):
+    for pruned, sparsity in pruning_rounds(model, task, args, current):
         if masks is None:  # it counts even if it is one too many, but then it is not retrained
             pruning_utils.apply_mask(model, pruned)
             masks, state = pruned, pruning_utils.clone_state(model)

@@ -83,9 +83,10 @@ def prune_task(model, task, run):
     prunings = args.prune_scheduler[t - 1]
     # one optimizer for the task: its momentum is kept across prunings
     optimizer = trainer.make_optimizer(model, args, args.lr / 100)
+    masks = pruning_utils.masks_of(model)
     for number in range(1, prunings + 1):
         stream = utils.TOP_DOWN.format(t, number)
-        masks = pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, stream)
+        masks = pruning_utils.prune_once(model, task, masks, args, stream)
         pruning_utils.apply_mask(model, masks)
         run.log(f"task {t}: pruning {number}, {pruning_utils.describe(masks)}")
         if number < prunings:

@@ -38,32 +38,33 @@ def masks_of(model):
 # ------------------------------------------------------------------------------ criteria
 
 
-def magnitude(weights, generator):
+def magnitude(model, task=None, generator=None):
     """Scores: the magnitude of each weight (published)."""
-    return {name: weight.abs() for name, weight in weights.items()}
+    return {name: weight.abs() for name, weight in weights(model).items()}
 
 
-def random_scores(weights, generator):
+def random_scores(model, task, generator):
     """Scores: uniform random numbers, the same on every device. A control."""
     return {
         name: torch.rand(weight.shape, generator=generator).to(weight.device)
-        for name, weight in weights.items()
+        for name, weight in weights(model).items()
     }
 
 
-# --criterion: {name: function of weights {name: tensor} and a CPU torch.Generator, which returns a
-# float score for each weight, {name: tensor of the same shape}; the smallest are pruned}
+# --criterion: {name: function of the model, the trainer.Task that it has learned and a CPU
+# torch.Generator, which returns a float score for each weight, {convolution: tensor of the weight's
+# shape}; the smallest are pruned}
 CRITERIA = {"magnitude": magnitude, "random": random_scores}
 
 
-def prune_once(model, masks, args, stream, kept=None):
+def prune_once(model, task, masks, args, stream, kept=None):
     """The masks after one more pruning by --criterion and --percent; stream: see utils.py.
 
     The scores are of the current weights, unlike the published code's, which are of a cached
     product of weight and mask. kept: as in prune(). Raises UserError if no weight is left.
     """
     generator = utils.make_generator(args.seed, stream, "scores")
-    scores = CRITERIA[args.criterion](weights(model), generator)
+    scores = CRITERIA[args.criterion](model, task, generator)
     pruned = prune(scores, masks, args.percent, kept)
     if not any(mask.any() for mask in pruned.values()):
         raise UserError(

@@ -82,7 +82,7 @@ def make_network(way, args, device, prunings):
 
 def prune_once(model):
     """A pruning of 20 % by magnitude."""
-    scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+    scores = pruning_utils.magnitude(model)
     masks = pruning_utils.prune(scores, pruning_utils.masks_of(model), 0.2)
     pruning_utils.apply_mask(model, masks)
 

@@ -148,7 +148,8 @@ def add_data_flags(parser, datasets):
     message = "number of tasks (default: the dataset's)"
     flag("--classifiers", type=int_range(1), metavar="T", help=message)
     message = "classes per task (default: the dataset's)"
-    flag("--classes_per_classifier", type=int_range(1), metavar="C", help=message)
+    same = int_range(1, expected="an integer >= 1, the same for all tasks")
+    flag("--classes_per_classifier", type=same, metavar="C", help=message)
     message = (
         "published (default; the permutation of seed 1993 where none was published), sorted, "
         "random:SEED, or a file with a class name or id per line"
@@ -209,11 +210,12 @@ KNOWN = "dataset", "arch", "width", "classifiers", "classes_per_classifier", "cl
 def adopt(args, known, source):
     """Fill in what a file of ours knows of its network, dataset and tasks.
 
-    known: the `args` in the file `source` (runtime.checkpoint.ARGS); None: it is not ours, and a
-    line says what is assumed. Raises UserError where a flag contradicts it.
+    known: the `args` in the file `source` (runtime.checkpoint.ARGS); None: it is not ours. Says
+    which. Raises UserError where a flag contradicts the file.
     """
+    origin = "as the file has them" if known else "as given or by default, as the file does not say"
+    print(f"{source}: {', '.join(f'--{key}' for key in KNOWN)} {origin}")
     if known is None:
-        print(f"{source}: network, dataset and class order are those of flags and defaults")
         return
     for key in KNOWN[:-1]:
         given = getattr(args, key)

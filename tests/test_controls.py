@@ -36,7 +36,7 @@ def model():
 @pytest.fixture
 def ticket(model):
     """Masks of 30 %."""
-    scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+    scores = pruning_utils.magnitude(model)
     return pruning_utils.prune(scores, pruning_utils.masks_of(model), 0.7)
 
 

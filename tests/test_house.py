@@ -116,7 +116,7 @@ TINY = (
 )
 EXTENSIONS = {
     "backbone": f"main_CIL.py --dataset digits --arch plain {TINY}",
-    "criterion": f"main_TD.py --dataset digits --criterion layer --iter_epochs 1 {TINY} "
+    "criterion": f"main_TD.py --dataset digits --criterion snip --iter_epochs 1 {TINY} "
     "--prune_scheduler 1,1",
     "dataset": f"main_CIL.py --dataset squares {TINY}",
 }

@@ -124,7 +124,7 @@ def test_BU_without_a_ticket_is_an_error(search, accuracies, changes):
 )
 def test_BU_regrowth(search, model, accuracies, prunings, retrained, changes, limit, why):
     current = pruning_utils.masks_of(model)
-    scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+    scores = pruning_utils.magnitude(model)
     for _ in range(10):
         current = pruning_utils.prune(scores, current, 0.2)
     kept = pruning_utils.density(current)  # 10.74 %

@@ -80,7 +80,7 @@ def test_pruning_is_torchs_global_pruning_of_the_current_weights(args, device, p
     for number in range(4):
         shake(ours, theirs, stale, seed=number)
         before = pruning_utils.masks_of(ours)
-        masks = pruning_utils.prune_once(ours, before, args, "stream")
+        masks = pruning_utils.prune_once(ours, None, before, args, "stream")
         assert same(masks, prune_by_torch(theirs, percent))
         assert all(bool((masks[name] <= before[name]).all()) for name in masks)
         assert count(masks) == count(before) - round(percent * count(before))
@@ -112,7 +112,7 @@ def test_regrowth_ranks_only_the_weights_outside_the_kept_mask(device, coarse):
     outside = count(masks) - count(kept)
     for number in range(3):
         shake(model, seed=10 + number)
-        scores = pruning_utils.magnitude(pruning_utils.weights(model), None)
+        scores = pruning_utils.magnitude(model)
         if coarse:
             scores = {name: (10 * score).round() / 10 for name, score in scores.items()}
         expected = plain_prune(scores, masks, 0.2, kept)
@@ -141,7 +141,7 @@ def test_the_count_is_pythons_round(n, percent, pruned):
 def test_random_scores_depend_on_seed_and_stream_alone(args):
     def pruned(criterion="random", seed=0, stream="stream", model_seed=0):
         args.criterion, args.seed, model = criterion, seed, make(model_seed)
-        return pruning_utils.prune_once(model, pruning_utils.masks_of(model), args, stream)
+        return pruning_utils.prune_once(model, None, pruning_utils.masks_of(model), args, stream)
 
     first = pruned()
     torch.manual_seed(99)
@@ -157,7 +157,7 @@ def test_random_scores_depend_on_seed_and_stream_alone(args):
 
 def prune_repeatedly(weights, masks, percent, prunings, kept=None):
     """The masks after a number of prunings by magnitude, and the density after each as text."""
-    found, scores = [], pruning_utils.magnitude(weights, None)
+    found, scores = [], {name: weight.abs() for name, weight in weights.items()}
     for _ in range(prunings):
         masks = pruning_utils.prune(scores, masks, percent, kept)
         found.append(f"{pruning_utils.density(masks):.2f}")
