@@ -5,7 +5,7 @@
 #                   GPU; FLAGS=...: more flags, such as --status)
 # make gpu          on a CUDA device: tests, benchmark, and as much of the published protocol as half
 #                   an hour allows (MINUTES=30); again: resumes it
-# make clean        remove demo/ and .venv/
+# make clean        remove demo/
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 30
@@ -64,4 +64,4 @@ $(VENV)/installed-dev: requirements.txt requirements-extra.txt requirements-dev.
 	@touch $@ $(VENV)/installed
 
 clean:
-	rm -rf demo .venv
+	rm -rf demo

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import report
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/*.md"), *ROOT.glob("results/*/*.md")])
 FOREIGN = {"--array", "--gpus", "--cpus-per-task"}  # of pip and sbatch
@@ -50,3 +52,16 @@ def test_the_readme_names_every_file_at_the_top():
 
 def test_pages_are_short():
     assert sum(page.read_text().count("\n") for page in PAGES) <= 1300
+
+
+def test_the_code_that_draws_an_accuracy_matrix(tmp_path, monkeypatch):
+    """That of docs/running.md, as tests/test_tickets.py runs that of docs/tickets.md."""
+    monkeypatch.chdir(tmp_path)
+    report.main([str(ROOT / "results/medium/seed0/TD")])
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/running.md").read_text(), re.S)
+    names = {}
+    exec(compile(block, "docs/running.md", "exec"), names)
+    matrix = names["matrix"]
+    assert matrix.shape == (6, 5) and matrix.loc[3].notna().tolist() == [True] * 3 + [False] * 2
+    assert round(matrix.loc[6].mean(), 1) == 53.0  # docs/evidence.md, separate statistics
+    assert (tmp_path / "matrix.png").exists()

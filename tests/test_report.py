@@ -91,6 +91,18 @@ def test_seeds_of_a_setting_are_averaged(tmp_path, tables):
     assert len(results) == 3 * 3 + 1
 
 
+def test_runs_that_lack_states_are_marked(tmp_path, tables):
+    """The result of TD is a third state."""
+    begun = [dense(tmp_path / str(seed), seed, [[93.0]]) for seed in (1, 2)]
+    lacking = write(tmp_path / "TD", "main_TD", [{"accuracy": [90.0]}, {"accuracy": [70.0, 50.0]}])
+    tables(*begun, dense(tmp_path / "3", 3), lacking, bottom_up(tmp_path / "BU"))
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| dense | 3     | seed 1 after state 1 of 2, seed 2 after state 1 of 2 |" in text
+    assert "| TD    | 1     | seed 0 after state 2 of 3 " in text and text.count("of 3") == 1
+    tables(top_down(tmp_path / "TD2"), tmp_path / "3")
+    assert "not finished" not in (tmp_path / "out/report.md").read_text()
+
+
 def test_a_seed_that_is_given_twice(tmp_path):
     folders = [dense(tmp_path / name, lr=0.1) for name in "ab"]
     with pytest.raises(UserError, match="/b: dense, seed 0, is given twice; omit one"):
@@ -109,6 +121,11 @@ def test_a_seed_that_is_given_twice(tmp_path):
 def test_labels_show_the_flags_that_differ(tmp_path, tables, first, second, labels):
     folders = dense(tmp_path / "a", **first), dense(tmp_path / "b", **second)
     assert tables(*folders)[0].index.tolist() == labels
+
+
+def test_labels_show_datasets_that_differ_between_methods(tmp_path, tables):
+    runs, *_ = tables(dense(tmp_path / "a", lr=0.1), bottom_up(tmp_path / "b", dataset="cifar10"))
+    assert runs.index.tolist() == ["dense --dataset digits", "BU --dataset cifar10"]
 
 
 def test_defaults_that_labels_leave_out_are_those_of_the_scripts():
@@ -221,6 +238,15 @@ def test_confusion_in_percent_of_each_class(tmp_path):
     shares = report.confusion_frames(read(tmp_path / "0", tmp_path / "1"))["dense"]
     assert shares.index.tolist() == ["NA", "b"]
     assert shares.to_numpy().tolist() == [[62.5, 37.5], [0, 50]]
+
+
+def test_no_axis_shows_the_source_of_a_formula(tmp_path):
+    """A log axis of less than a decade labels its minor ticks."""
+    rows = [{"accuracy": [90.0]}, {"accuracy": [80.0, 60.0], "density": 40.0}]
+    figure = figures.accuracy(report.state_frame(read(write(tmp_path, "main_BU", rows))))
+    labels = figure.axes[1].get_yticklabels(which="both")
+    assert {text.get_text() for text in labels} >= {"50"}
+    assert not any("$" in text.get_text() for text in labels)
 
 
 def test_curves_of_the_paper(tmp_path):

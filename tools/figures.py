@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import matplotlib.style
 import numpy as np
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from runtime.errors import one_line
 from runtime.files import atomic_write
@@ -74,7 +75,8 @@ def title(states):
 
 
 def panel_grid(number, across, height):
-    """A figure with `number` panels, `across` in a row of `height` inches, and the panels."""
+    """A figure with `number` panels, up to `across` in a row of `height` inches, and the panels."""
+    across = min(number, across)
     down = math.ceil(number / across)
     figure = Figure(figsize=(7, 1 + height * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
@@ -120,8 +122,13 @@ def accuracy(states):
         panels[1].set_yscale("log")
         panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[1].yaxis.set_major_formatter(ScalarFormatter())
+        panels[1].yaxis.set_minor_formatter(NullFormatter())
     panels[-1].set_xlabel("task")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    long = max(map(len, labels)) > 60
+    if long:  # one below the other
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if long else 2)
     return figure
 
 
@@ -177,7 +184,8 @@ def confusion(confusions):
     figure, panels = panel_grid(len(confusions), 2, 3.2)
     for axes, (run, shares) in zip(panels, confusions.items()):
         image = axes.imshow(shares, "cividis", vmin=0, vmax=100)
-        axes.set(title=run, xlabel="predicted", ylabel="class")
+        short_lines = textwrap.fill(run, 40, break_on_hyphens=False)
+        axes.set(title=short_lines, xlabel="predicted", ylabel="class")
         if len(shares) <= 20:
             names = [one_line(name)[:14] for name in shares.index]
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

@@ -45,6 +45,7 @@ NO_SETTING = {
     *("save_dir", "save_data_path", "overwrite", "print_freq", "tensorboard", "deterministic"),
     *("device", "gpu", "seed", "control", "state", "joint", "finetune"),
 }
+SHARED = "dataset", "arch", "width"  # shown where they differ between methods, too
 # Defaults among named choices; a label leaves them out.
 DEFAULTS = {"criterion": "magnitude", "rewind": "zero", "select_on": "test", "precision": "fp32"}
 ABOUT = {
@@ -156,12 +157,15 @@ def read_csv(record, name, **options):
 
 
 def label_runs(records):
-    """Set "run" of each record: its method, and the flags in which runs of the method differ."""
+    """Set "run" of each record: its method, and the flags in which runs of the method differ, or
+    runs of any method for those that are SHARED.
+    """
     for record in records:
-        flags = record["flags"]
-        others = [other["flags"] for other in records if other["method"] == record["method"]]
-        differ = [flag for flag in flags if any(o.get(flag) != flags[flag] for o in others)]
-        typed = [f"--{flag} {flags[flag]}".strip() for flag in differ]
+        flags, differ = record["flags"], set()
+        for other in records:
+            compared = flags if other["method"] == record["method"] else SHARED
+            differ |= {flag for flag in compared if other["flags"].get(flag) != flags.get(flag)}
+        typed = [f"--{flag} {flags[flag]}".strip() for flag in flags if flag in differ]
         record["run"] = one_line(" ".join([record["method"], *typed]))
 
 
@@ -303,6 +307,16 @@ def cell(average, deviation, digits):
     return text if math.isnan(deviation) else f"{text} ± {deviation:.{digits}f}"
 
 
+def unfinished(states):
+    """{run: how far its seeds are, in words}, of the runs with seeds that lack states."""
+    found, keys = defaultdict(list), ["run", "seed", "script", "tasks"]
+    for (run, seed, script, tasks), own in states.groupby(keys, observed=True)["state"]:
+        whole = tasks + (script == "main_TD")
+        if script not in ("main_train", "test") and own.max() < whole:
+            found[run].append(f"seed {seed} after state {own.max()} of {whole}")
+    return {run: ", ".join(seeds) for run, seeds in found.items()}
+
+
 def as_markdown(cells):
     """A frame of texts as a Markdown table with aligned columns."""
     lines = [[*cells.columns], *cells.to_numpy().tolist()]
@@ -331,8 +345,11 @@ def write_report(out, records):
         if len(measured):
             table = average_seeds(measured)
             save_text(out / f"{name}.csv", as_csv(table))
-            tables[name] = ABOUT[name], as_cells(table)
-            text += f"{ABOUT[name]}\n\n{as_markdown(tables[name][1])}\n"
+            cells = as_cells(table)
+            if name == "runs" and (lacking := unfinished(states)):
+                cells.insert(2, "not finished", cells["run"].map(lacking).fillna(""))
+            tables[name] = ABOUT[name], cells
+            text += f"{ABOUT[name]}\n\n{as_markdown(cells)}\n"
     results = states.loc[:, :"seconds"].explode(["task", "accuracy", "task_aware"])
     save_text(out / "results.csv", results.to_csv(index=False, lineterminator="\n"))
     drawn = figures.draw(out, shown, epochs, confusions)
