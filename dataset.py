@@ -87,11 +87,14 @@ class Data:
 def normalize(images, data):
     """uint8 [n,H,W,3] to normalized float32 [n,3,H,W]; float images are normalized already.
 
-    In memory the channels come last, which is fastest for convolutions on a CPU.
+    In memory the channels come last, which is fastest for convolutions on a CPU; first on mps,
+    where BatchNorm then gave wrong gradients (PyTorch issue 175189).
     """
+    mps = images.device.type == "mps"
+    layout = torch.contiguous_format if mps else torch.channels_last
     if images.is_floating_point():
-        return images.contiguous(memory_format=torch.channels_last)
-    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        return images.contiguous(memory_format=layout)
+    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
     return images.div_(255).sub_(data.mean).div_(data.std)
 
 

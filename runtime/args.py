@@ -258,6 +258,8 @@ def pick_device(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+        # we read no memory that was not written: filling it costs a launch for each new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if args.device:
         name = args.device
     elif torch.cuda.is_available() or args.gpu:  # --gpu 0, the published default, is as none

@@ -9,6 +9,7 @@ import torch
 import pruning_utils
 from models import ResNet18
 from runtime.checkpoint import save_checkpoint
+from runtime.process import out_of_memory
 
 SET = "--data published --epochs 1 "
 BASE = {  # tiny runs, so that a case that is accepted does not take long
@@ -146,3 +147,24 @@ def test_class_names_that_the_output_cannot_encode(scripts, folder, tmp_path, en
     flags = f"{BASE['main_CIL.py']} --class_order {tmp_path}/order.txt"
     ended = scripts.run(f"main_CIL.py {flags}", folder, encoding=encoding)
     ended.check_error(r"\u72d7")
+
+
+@pytest.mark.parametrize(
+    "error, known",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+    ids=str,
+)
+def test_memory_that_runs_out_is_known(error, known):
+    """run_script() then advises a smaller batch or network; anything else is a traceback."""
+    assert out_of_memory(error) == known
