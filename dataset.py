@@ -120,31 +120,37 @@ def augment(images, flip, dy, dx, pad):
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def epoch_batches(tensors, size, data, generator, augmented=True):
-    """Yield shuffled batches of at most `size`: images normalized (and augmented), then the rest.
+def epoch_draws(n, size, data, generator, first=0, augmented=True):
+    """Draw shuffled batches of at most `size` of n images; the last one holds what is left.
 
-    tensors: images first (uint8 [n,H,W,3], or normalized float32 [n,3,H,W]), then tensors with a
-    row for each image. The last batch holds what is left. All random draws of the epoch are made
-    first and go to the device together.
+    Yields int64 [4, m]: row (from `first`), flip, dy and dx of each image; [1, m], the rows, unless
+    augmented. All random draws of the epoch are made first and go to the device together.
     """
-    images, *others = tensors
-    n, device = len(images), images.device
-    order = torch.randperm(n, generator=generator)
+    order, device = first + torch.randperm(n, generator=generator), data.pool.device
     draws = torch.stack([order, *draw_views(n, data.pad, generator)] if augmented else [order])
     if device.type == "cuda":  # a copy from pinned memory does not block
         draws = draws.pin_memory().to(device, non_blocking=True)
-    for rows, *views in draws.to(device).split(size, dim=1):
-        batch = augment(images[rows], *views, data.pad) if augmented else images[rows]
-        yield normalize(batch, data), *(other[rows] for other in others)
+    yield from draws.to(device).split(size, dim=1)
 
 
-def infinite_batches(tensors, size, data, seed, *purpose, augmented=True):
-    """epoch_batches again and again, each time with a random stream of its own."""
+def infinite_draws(n, size, data, seed, *purpose, first=0, augmented=True):
+    """epoch_draws again and again, each time with a random stream of its own."""
     number = 0
     while True:
         generator = utils.make_generator(seed, *purpose, number)
-        yield from epoch_batches(tensors, size, data, generator, augmented)
+        yield from epoch_draws(n, size, data, generator, first, augmented)
         number += 1
+
+
+def take(tensors, draws, data):
+    """The batch of some draws: images normalized (and augmented), then rows of the other tensors.
+
+    tensors: images first (uint8 [n,H,W,3], or normalized float32 [n,3,H,W]), then tensors with a
+    row for each image.
+    """
+    (images, *others), (rows, *views) = tensors, draws
+    batch = augment(images[rows], *views, data.pad) if views else images[rows]
+    return normalize(batch, data), *(other[rows] for other in others)
 
 
 # ------------------------------------------------------------------------------ loading

@@ -151,7 +151,6 @@ def build_task(data, args, t, memory=None):
     """
     new = data.select_tasks(data.train, t, t)
     old = data.select_tasks(data.exemplars if memory is None else memory, 1, t - 1)
-    both = tuple(torch.cat(pair) for pair in zip(new, old))
-    new, old = zip(*(each.split([len(new[1]), len(old[1])]) for each in both))  # no copies
+    random = tuple(torch.cat(pair) for pair in zip(new, old))
     unlabeled = None if t == 1 or args.no_teaching else load_soft_labels(data, args, t)
-    return Task(t, data, both, new, old, unlabeled)
+    return Task(t, data, random, len(new[1]), unlabeled)

@@ -27,14 +27,13 @@ BALANCED_WEIGHT = 0.5  # of the balanced heads' losses in tasks 2, 3, ...
 
 
 class Task(NamedTuple):
-    """What task t learns from: images uint8 [n,H,W,3] with labels int64 [n]."""
+    """What task t learns from."""
 
     t: int  # the number of the task, and of the heads in use
     data: dataset.Data  # the whole dataset, for validation
-    random: tuple  # new training images, and those kept of the old classes
-    new: tuple
-    old: tuple
-    unlabeled: tuple  # images, logits, logits_main of the teacher; None without one
+    random: tuple  # images uint8 [n,H,W,3] and labels int64 [n]: the new, then those kept of old
+    new: int  # how many of them are new
+    unlabeled: tuple = None  # images, logits, logits_main of the teacher; None without one
 
 
 class Batch(NamedTuple):
@@ -150,20 +149,28 @@ def make_batches(task, args, stream, epoch):
     derive from, besides seed and epoch.
     """
     data, k, key = task.data, task.t, (args.seed, stream, epoch)
-    size = args.batch_size if k == 1 else args.batch_size // 4
-    number = -(-len(task.random[0]) // size)
-    generator = utils.make_generator(*key, "random")
-    random = dataset.epoch_batches(task.random, size, data, generator)
+    n, size = len(task.random[0]), args.batch_size if k == 1 else args.batch_size // 4
+    random = dataset.epoch_draws(n, size, data, utils.make_generator(*key, "random"))
+    number = -(-n // size)
     if k == 1:
-        return random, number
-    new = dataset.infinite_batches(task.new, size // k, data, *key, "new")
-    old = dataset.infinite_batches(task.old, size * (k - 1) // k, data, *key, "old")
+        return (dataset.take(task.random, draws, data) for draws in random), number
+    old_size = size * (k - 1) // k
+    new = dataset.infinite_draws(task.new, size // k, data, *key, "new")
+    old = dataset.infinite_draws(n - task.new, old_size, data, *key, "old", first=task.new)
     unlabeled = itertools.repeat(None)
     if task.unlabeled:
-        unlabeled = dataset.infinite_batches(
-            task.unlabeled, size, data, *key, "unlabeled", augmented=False
-        )
-    return map(Batch, random, new, old, unlabeled), number
+        n = len(task.unlabeled[0])
+        unlabeled = dataset.infinite_draws(n, size, data, *key, "unlabeled", augmented=False)
+    return (take_batch(task, *draws) for draws in zip(random, new, old, unlabeled)), number
+
+
+def take_batch(task, *draws):
+    """The Batch of the draws of its four sub-batches; those with labels are made together."""
+    *draws, unlabeled = draws
+    taken = dataset.take(task.random, torch.cat(draws, dim=1), task.data)
+    sizes = [each.shape[1] for each in draws]
+    parts = zip(*(each.split(sizes) for each in taken))
+    return Batch(*parts, task.unlabeled and dataset.take(task.unlabeled, unlabeled, task.data))
 
 
 def train_epoch(model, optimizer, task, args, plan, epoch):

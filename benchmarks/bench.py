@@ -124,16 +124,15 @@ def kd_step(way, width, device):
     sub = args.batch_size // 4
     task = make_task(args, data, sub)
 
-    def batch_of(images_and_more, size):
-        images, *more = images_and_more
-        x = dataset.normalize(images[:size], data)
-        x = x.contiguous() if way == "published" else x
-        return x, *(each[:size] for each in more)
+    def batch_of(images_and_more, size, first=0):
+        images, *more = (each[first : first + size] for each in images_and_more)
+        x = dataset.normalize(images, data)
+        return x.contiguous() if way == "published" else x, *more
 
     batch = trainer.Batch(
         random=batch_of(task.random, sub),
-        new=batch_of(task.new, sub // T),
-        old=batch_of(task.old, sub * (T - 1) // T),
+        new=batch_of(task.random, sub // T),
+        old=batch_of(task.random, sub * (T - 1) // T, first=task.new),
         unlabeled=batch_of(task.unlabeled, sub),
     )
     if way == "published":

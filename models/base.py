@@ -38,9 +38,12 @@ class LifelongNet(nn.Module):
 
         groups: ((size, passes), ...), the sub-batches that BatchNorm normalizes separately.
         """
-        for module in self.modules():
-            if isinstance(module, BatchNorm2d):
-                module.groups = groups
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm2d)]
+        for norm in norms:
+            norm.groups = groups
+        if self.training and groups:
+            passes = sum(times for _, times in groups)
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], passes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.body(x)
         return x.mean((2, 3), dtype=self.linear[0].weight.dtype)  # global average pooling

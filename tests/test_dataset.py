@@ -108,16 +108,17 @@ def test_an_epoch_takes_each_image_once_and_the_next_ones_others(data):
     images, labels = data.select_tasks(data.train, 1, 3)
     tensors = (images, labels, torch.arange(len(images)))
     generator = torch.Generator().manual_seed(0)
-    batches = list(dataset.epoch_batches(tensors, 32, data, generator, augmented=False))
+    draws = dataset.epoch_draws(81, 32, data, generator, augmented=False)
+    batches = [dataset.take(tensors, each, data) for each in draws]
     assert [len(batch[1]) for batch in batches] == [32, 32, 17]
     batch, found, rows = (torch.cat(each) for each in zip(*batches))
     assert sorted(rows.tolist()) == [*range(81)] != rows.tolist()
     assert torch.equal(found, labels[rows])
     wanted = (images[rows].permute(0, 3, 1, 2) / 255 - data.mean) / data.std
     assert torch.allclose(batch, wanted, atol=1e-6)
-    endless = dataset.infinite_batches(tensors, 81, data, 0, "test")
-    (_, _, first), (_, _, second) = next(endless), next(endless)
-    assert sorted(first.tolist()) == sorted(second.tolist())
+    endless = dataset.infinite_draws(81, 81, data, 0, "test", first=7)
+    (first, *_), (second, *_) = next(endless), next(endless)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == [*range(7, 88)]
     assert first.tolist() != second.tolist()
 
 

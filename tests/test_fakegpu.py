@@ -113,7 +113,8 @@ def kd_task(device):
     """Task 3 of the benchmark at width 4, two steps an epoch: task, args, network, optimizer."""
     args, data = bench.make_args("fp32", 4), bench.make_data(device)
     task = bench.make_task(args, data, 100)
-    task = task._replace(random=tuple(each[:128] for each in task.random))
+    random = tuple(each[task.new - 64 : task.new + 64] for each in task.random)
+    task = task._replace(random=random, new=64)
     return task, args, *bench.make_network("fp32", args, device, prunings=2)
 
 
@@ -154,9 +155,9 @@ def test_training_does_not_wait_for_the_device():
 # What must be noticed: wrong versions of our functions, with the words that tell of them.
 
 
-def order_on_the_cpu(tensors, size, data, generator, augmented=True):
-    for rows in torch.randperm(len(tensors[0]), generator=generator).split(size):
-        yield dataset.normalize(tensors[0][rows], data), *(each[rows] for each in tensors[1:])
+def order_on_the_cpu(n, size, data, generator, *more):
+    draws = torch.stack([torch.randperm(n, generator=generator), *torch.zeros(3, n).long()])
+    yield from draws.split(size, dim=1)
 
 
 def labels_on_the_cpu(*args, right=dataset.Data.select_tasks):
@@ -175,7 +176,7 @@ def loss_read_in_each_step(*args, right=trainer.kd_loss):
 
 
 MISTAKES = {
-    "order": (dataset, "epoch_batches", order_on_the_cpu, "index.* on the CPU"),
+    "order": (dataset, "epoch_draws", order_on_the_cpu, "index.* on the CPU"),
     "labels": (dataset.Data, "select_tasks", labels_on_the_cpu, "index.* on the CPU"),
     "generator": (dataset, "draw_views", draws_on_the_device, "expected a generator"),
     "loss": (trainer, "kd_loss", loss_read_in_each_step, "_local_scalar_dense, test_fakegpu.py"),

@@ -169,7 +169,7 @@ def numbered_task(data, t):
     new, old, (unlabeled, numbers) = numbered(1, 17), numbered(101, 7), numbered(201, 11)
     logits = numbers[:, None] + torch.arange(2 * (t - 1)) / 100
     both = tuple(torch.cat(pair) for pair in zip(new, old))
-    return trainer.Task(t, data, both, new, old, (unlabeled, logits, -logits))
+    return trainer.Task(t, data, both, 17, (unlabeled, logits, -logits))
 
 
 def numbers_of(batch, data):
@@ -232,14 +232,15 @@ def test_training_images_are_augmented_and_unlabeled_ones_are_not(args, data, pu
     stored = reference.normalize(unlabeled, [0.5] * 3, [0.25] * 3).float()
     soft_labels = rows[:, None].float(), rows[:, None].float()
     unlabeled = (stored if published else unlabeled, *soft_labels)
-    task = trainer.Task(2, data, (new, rows), (new, rows), (old, rows), unlabeled)
+    both = torch.cat([new, old])
+    task = trainer.Task(2, data, (both, torch.arange(12)), 6, unlabeled)
     args.batch_size, views = 8, {"random": [], "new": [], "old": []}
     for epoch in (1, 2, 3):
         for batch in epoch_of(task, args, epoch=epoch):
-            for (found, (x, labels)), originals in zip(zip(views.values(), batch), (new, new, old)):
+            for found, (x, labels) in zip(views.values(), batch):
                 pixels = ((x * data.std + data.mean) * 255).round().byte().permute(0, 2, 3, 1)
                 for image, row in zip(pixels.numpy(), labels):
-                    found.append(reference.find_view(image, originals[row].numpy(), pad=4))
+                    found.append(reference.find_view(image, both[row].numpy(), pad=4))
             x, logits, _ = batch.unlabeled
             torch.testing.assert_close(x, stored[logits[:, 0].long()])
             assert x.is_contiguous(memory_format=torch.channels_last)
