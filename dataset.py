@@ -111,13 +111,12 @@ def augment(images, flip, dy, dx, pad):
     flip: bool or 0/1 [n]; dy, dx: int64 [n].
     """
     n, height, width, _ = images.shape
-    device = images.device
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    rows = dy[:, None] + torch.arange(height, device=device)  # n x H
-    columns = dx[:, None] + torch.arange(width, device=device)  # n x W
+    numbers = torch.arange(max(n, height, width), device=images.device)
+    rows = dy[:, None] + numbers[:height]  # n x H
+    columns = dx[:, None] + numbers[:width]  # n x W
     columns = torch.where(flip[:, None] > 0, columns.flip(1), columns)
-    index = torch.arange(n, device=device)
-    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return padded[numbers[:n, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def epoch_draws(n, size, data, generator, first=0, augmented=True):

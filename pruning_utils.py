@@ -142,7 +142,7 @@ def apply_mask(model, masks):
         if torch_prune.is_pruned(conv):
             conv.weight_mask.copy_(masks[name])
         else:
-            mask = masks[name].to(conv.weight.device, conv.weight.dtype, copy=True)
+            mask = torch.empty_like(conv.weight.detach()).copy_(masks[name])
             torch_prune.custom_from_mask(conv, "weight", mask)
 
 

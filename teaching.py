@@ -19,7 +19,7 @@ import dataset
 import utils
 from runtime.errors import UserError
 from runtime.files import load_array, save_array
-from trainer import Task, extract_features
+from trainer import Task, extract_features, soften
 
 DISTANCES_AT_ONCE = 2**24  # 128 MiB of float64
 ROUNDING = 1e-12  # of a product of features, relative to their squares: more than it can be
@@ -152,5 +152,8 @@ def build_task(data, args, t, memory=None):
     new = data.select_tasks(data.train, t, t)
     old = data.select_tasks(data.exemplars if memory is None else memory, 1, t - 1)
     random = tuple(torch.cat(pair) for pair in zip(new, old))
-    unlabeled = None if t == 1 or args.no_teaching else load_soft_labels(data, args, t)
+    unlabeled = None
+    if t > 1 and not args.no_teaching:
+        images, *logits = load_soft_labels(data, args, t)
+        unlabeled = images, *map(soften, logits)
     return Task(t, data, random, len(new[1]), unlabeled)

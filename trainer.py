@@ -33,7 +33,7 @@ class Task(NamedTuple):
     data: dataset.Data  # the whole dataset, for validation
     random: tuple  # images uint8 [n,H,W,3] and labels int64 [n]: the new, then those kept of old
     new: int  # how many of them are new
-    unlabeled: tuple = None  # images, logits, logits_main of the teacher; None without one
+    unlabeled: tuple = None  # images and soft labels by both kinds of heads; None: no teaching
 
 
 class Batch(NamedTuple):
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     random: tuple  # images, labels int64 [n]
     new: tuple
     old: tuple
-    unlabeled: tuple = None  # images, logits and logits_main float32 [n,(k-1)c]; None: no teaching
+    unlabeled: tuple = None  # images, two soft labels float32 [n,(k-1)c], see soften(); or None
 
     def sub_batches(self):
         """The images of each sub-batch: [n,3,H,W]."""
@@ -55,7 +55,10 @@ def make_model(args, device, *purpose):
         purpose = purpose or ("initialisation",)
         torch.default_generator.manual_seed(utils.derive_seed(args.seed, *purpose))
         model = build_model(args)
-    return model.to(device)
+    # On CUDA they lie as the images do, else each step converts them; the kernels of a CPU do not
+    # care, and those for few channels have been wrong.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return model.to(device, memory_format=layout)
 
 
 def start_run(script, args):
@@ -84,10 +87,20 @@ def make_optimizer(model, args, lr):
 # ------------------------------------------------------------------------------ the losses
 
 
-def distillation(logits, stored):
-    """Soft cross-entropy at TEMPERATURE, times its square: both [n,classes] -> scalar."""
-    soft_labels = F.softmax(stored / TEMPERATURE, dim=1)
-    return TEMPERATURE**2 * F.cross_entropy(logits / TEMPERATURE, soft_labels)
+def soften(logits):
+    """The soft labels of a teacher's logits [n,classes]: their softmax at TEMPERATURE.
+
+    Times TEMPERATURE squared, by which the distillation is weighted: once here, not in each step.
+    """
+    return TEMPERATURE**2 * F.softmax(logits / TEMPERATURE, dim=1)
+
+
+def distillation(logits, soft_labels):
+    """Soft cross-entropy at TEMPERATURE over the classes of the teacher, a scalar.
+
+    logits: [n,classes]; soft_labels: see soften(), [n, classes of the tasks before].
+    """
+    return F.cross_entropy(logits[:, : soft_labels.shape[1]] / TEMPERATURE, soft_labels)
 
 
 def task1_loss(model, x, y):
@@ -115,23 +128,21 @@ def kd_loss(model, k, sub, batch, merged=False):
     sizes = [len(x) for x in images]
     groups = tuple((size, passes) for size, passes in zip(sizes, (1, 1, 1, 2)) if size)
     groups = ((sum(sizes), 1),) if merged else groups
-    features = Batch(*model.features(torch.cat(images), groups).split(sizes))
-
-    random = F.cross_entropy(model.logits(features.random, k, main_fc=False), batch.random[1])
-    new = F.cross_entropy(model.logits(features.new, k, main_fc=True), batch.new[1])
+    features = model.features(torch.cat(images), groups)
+    both = model.logits(features, k, main_fc=None).chunk(2, dim=1)
+    logits, logits_main = (Batch(*each.split(sizes)) for each in both)
+    random = F.cross_entropy(logits.random, batch.random[1])
+    new = F.cross_entropy(logits_main.new, batch.new[1])
     terms = {"random": random, "new": new}
     a, b = sub // k / sub, sub * (k - 1) // k / sub
-    balanced = a * new
-    if len(features.old):  # the mean over none is NaN
-        terms["old"] = F.cross_entropy(model.logits(features.old, k, main_fc=True), batch.old[1])
+    loss, balanced = random, a * new
+    if len(batch.old[1]):  # the mean over none is NaN
+        terms["old"] = F.cross_entropy(logits_main.old, batch.old[1])
         balanced = balanced + b * terms["old"]
-    loss = random
     if batch.unlabeled:
-        _, stored, stored_main = batch.unlabeled
-        logits = model.logits(features.unlabeled, k - 1, main_fc=False)
-        logits_main = model.logits(features.unlabeled, k - 1, main_fc=True)
-        terms["distillation"] = distillation(logits, stored)
-        terms["distillation_main"] = distillation(logits_main, stored_main)
+        _, soft_labels, soft_labels_main = batch.unlabeled
+        terms["distillation"] = distillation(logits.unlabeled, soft_labels)
+        terms["distillation_main"] = distillation(logits_main.unlabeled, soft_labels_main)
         loss = loss + terms["distillation"]
         balanced = balanced + terms["distillation_main"]
     loss = loss + BALANCED_WEIGHT * balanced
@@ -178,7 +189,7 @@ def train_epoch(model, optimizer, task, args, plan, epoch):
     images the network saw.
     """
     model.train()
-    sub, images, sums = args.batch_size // 4, 0, {}
+    sub, images, sums = args.batch_size // 4, 0, 0.0
     batches, number = make_batches(task, args, plan.stream, epoch)
     text = f"{plan.stage} {epoch}/{plan.epochs}"
     with tqdm(batches, text, number, unit="batch", disable=None, leave=False) as bar:
@@ -190,12 +201,12 @@ def train_epoch(model, optimizer, task, args, plan, epoch):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + value
+            terms = {"loss": loss.detach(), **terms}
+            sums = sums + torch.stack([*terms.values()])
             images += len(batch[0]) if task.t == 1 else sum(map(len, batch.sub_batches()))
             if not bar.disable and step % args.print_freq == 0:
-                bar.set_postfix(loss=float(sums["loss"]) / step)
-    return {name: float(total) / number for name, total in sums.items()}, images
+                bar.set_postfix(loss=float(sums[0]) / step)
+    return {name: total / number for name, total in zip(terms, sums.tolist())}, images
 
 
 # ------------------------------------------------------------------------------ evaluation

@@ -137,6 +137,8 @@ def kd_step(way, width, device):
     )
     if way == "published":
         return lambda: published.kd_step(model, optimizer, T, sub, *batch)
+    images, *logits = batch.unlabeled
+    batch = batch._replace(unlabeled=(images, *map(trainer.soften, logits)))
     return lambda: descend(optimizer, trainer.kd_loss(model, T, sub, batch)[0])
 
 

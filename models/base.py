@@ -7,6 +7,7 @@ class-balanced ones and gives the predictions (docs/METHOD.md section 3).
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.batchnorm import BatchNorm2d
@@ -51,10 +52,14 @@ class LifelongNet(nn.Module):
     def logits(self, features, out_idx, main_fc):
         """Features [n,d] to the logits [n, out_idx*c] of the first `out_idx` heads.
 
-        main_fc: the balanced heads (True) or the random ones (False).
+        main_fc: the balanced heads (True), the random ones (False), or both, the random ones first
+        (None): [n, 2*out_idx*c].
         """
-        heads = self.linear_main if main_fc else self.linear
-        return torch.cat([head(features) for head in heads[:out_idx]], dim=1)
+        kinds = self.linear, self.linear_main
+        kinds = kinds if main_fc is None else [kinds[main_fc]]
+        heads = [head for kind in kinds for head in kind[:out_idx]]
+        weight = torch.cat([head.weight for head in heads])
+        return F.linear(features, weight, torch.cat([head.bias for head in heads]))
 
     def forward(self, x, out_idx=None, main_fc=None, is_feature=False):
         """Logits of the first `out_idx` heads (None: all), or the features [n,d].

@@ -14,6 +14,7 @@ from models.base import LifelongNet
 from models.batchnorm import BatchNorm2d
 
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+relu = functools.partial(F.relu, inplace=True)  # what it gets is not needed again
 
 
 class PreActBlock(nn.Module):
@@ -31,12 +32,13 @@ class PreActBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        h = F.relu(self.bn1(x))
+        h = relu(self.bn1(x))
         # The stride of the 1x1 convolution is taken beforehand, which is the same: PyTorch 2.15's
         # CPU kernel writes past its memory (channels last, an odd batch, fewer than 16 channels).
         s = self.stride
         shortcut = self.shortcut(h[:, :, ::s, ::s]) if hasattr(self, "shortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(h)))) + shortcut
+        h = self.conv2(relu(self.bn2(self.conv1(h))))
+        return h.add_(shortcut)
 
 
 class ResNet18(LifelongNet):
@@ -80,8 +82,8 @@ class BasicBlock(nn.Module):
         shortcut, s = x, self.stride
         if s != 1 or self.new_channels:
             shortcut = F.pad(x[:, :, ::s, ::s], (0, 0, 0, 0, 0, self.new_channels))
-        h = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(h)) + shortcut)
+        h = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(h)) + shortcut)
 
 
 class ResNet32(LifelongNet):
@@ -102,7 +104,7 @@ class ResNet32(LifelongNet):
         self.add_heads(4 * width, classes_per_classifier, classifiers)
 
     def body(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
 
 

@@ -30,7 +30,9 @@ def test_training_steps(args):
     loss, _ = trainer.task1_loss(ours, x, y)
     bench.descend(optimizers[0], loss)
     assert published.task1_step(plain, optimizers[1], x, y) == pytest.approx(loss.item(), 1e-9)
-    loss, _ = trainer.kd_loss(ours, 3, 6, trainer.Batch(*parts))
+    unlabeled, *logits = parts[3]
+    batch = trainer.Batch(*parts[:3], (unlabeled, *map(trainer.soften, logits)))
+    loss, _ = trainer.kd_loss(ours, 3, 6, batch)
     bench.descend(optimizers[0], loss)
     expected = published.kd_step(plain, optimizers[1], 3, 6, *parts)
     assert expected == pytest.approx(loss.item(), 1e-9)

@@ -111,7 +111,9 @@ def test_what_each_control_keeps(trained, model, ticket, control, tmp_path, args
     assert (own.keys() - convs <= same) == (control != "reinit")
     if control == "reinit":  # a network of its own, not the initialization of the run
         args.seed = 3
-        assert not torch.equal(trainer.make_model(args, "cpu").conv1.weight, found["conv1.weight"])
+        assert not torch.equal(
+            trainer.make_model(args, torch.device("cpu")).conv1.weight, found["conv1.weight"]
+        )
         assert torch.equal(found["layer4.1.bn2.weight"], torch.ones(32))
     middle = "" if control == "none" else f"{control}_"
     names = {path.name.removeprefix(f"retrain_task1_{middle}") for path in tmp_path.glob("out/*")}

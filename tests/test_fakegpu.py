@@ -24,7 +24,7 @@ from runtime.checkpoint import load_checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench
 
-LIMIT = 619  # operations of a step of task 3 that are no views, a launch or more each
+LIMIT = 400  # operations of a step of task 3 that are no views, a launch or more each
 FLAGS = f"{processes.TINY} --data set --batch_size 64"
 TRAINING = f"{FLAGS} --epochs 1 --lr 0.05 --unlabel_num 2"
 SCRIPTS = {
@@ -65,16 +65,25 @@ def check_equal(found, wanted):
     assert not [name for name in found if found[name] != wanted[name]]
 
 
+def lay_out_as_on(kind, patch):
+    """Let images and weights lie in the memory of the CPU as they do on a device."""
+    normalize, make_model = dataset.normalize, trainer.make_model
+    if kind == "mps":
+        patch.setattr(dataset, "normalize", lambda *both: normalize(*both).contiguous())
+    else:
+        last = torch.channels_last
+        patch.setattr(trainer, "make_model", lambda *all: make_model(*all).to(memory_format=last))
+
+
 @pytest.fixture(scope="module", params=["cuda", "mps"])
 def kind_and_wanted(request, tmp_path_factory):
-    """A device, and {script: outcome} of the CPU, with images in memory as on that device."""
-    kind, normalize = request.param, dataset.normalize
+    """A device, and {script: outcome} of the CPU."""
+    kind = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp(kind))
         processes.write_published(Path("set"))
         with patch.context() as on_cpu:
-            if kind == "mps":
-                on_cpu.setattr(dataset, "normalize", lambda *both: normalize(*both).contiguous())
+            lay_out_as_on(kind, on_cpu)
             wanted = {name: outcome(name, "cpu", name) for name in SCRIPTS}
         yield kind, wanted
 
@@ -100,7 +109,9 @@ def test_bf16_and_deterministic_algorithms(tmp_path, monkeypatch, restored_setti
     monkeypatch.chdir(tmp_path)
     processes.write_published(Path("set"))
     flags = "--precision bf16 --deterministic --iter_epochs 0"
-    wanted = outcome("TD", "cpu", "bf16_cpu", flags)
+    with monkeypatch.context() as on_cpu:
+        lay_out_as_on("cuda", on_cpu)
+        wanted = outcome("TD", "cpu", "bf16_cpu", flags)
     with emulated():
         check_equal(outcome("TD", "cuda", "bf16_cuda", flags), wanted)
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -145,7 +156,7 @@ def check_no_wait_in_an_epoch():
         gpu.waits.clear()
         plan = trainer.Plan("task3", "task3", epochs=1, lr=0.01)
         means, _ = trainer.train_epoch(model, optimizer, task, args, plan, epoch=1)
-    assert gpu.waits.total() == len(means), gpu.waits  # they go to the host at the end
+    assert means and gpu.waits.total() == 1, gpu.waits  # they go to the host at the end
 
 
 def test_training_does_not_wait_for_the_device():

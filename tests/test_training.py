@@ -64,6 +64,14 @@ def make_batch(k, sizes, seed=3, device=CPU):
     return trainer.Batch(*(part and tuple(each.to(device) for each in part) for part in parts))
 
 
+def softened(batch):
+    """A Batch for our loss: soft labels instead of the teacher's logits."""
+    if not batch.unlabeled:
+        return batch
+    unlabeled, *logits = batch.unlabeled
+    return batch._replace(unlabeled=(unlabeled, *map(trainer.soften, logits)))
+
+
 def plain_sgd(model, lr=LR):
     return torch.optim.SGD(model.parameters(), lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
@@ -126,7 +134,7 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
         else:
             batch = make_batch(k, size, seed, device)
             plain_loss = reference.kd_loss_merged if merged else reference.kd_loss
-            loss, terms = trainer.kd_loss(ours, k, sub, batch, merged)
+            loss, terms = trainer.kd_loss(ours, k, sub, softened(batch), merged)
             wanted, wanted_terms = plain_loss(plain, k, sub, batch)
         assert_close(terms, {name: term.detach() for name, term in wanted_terms.items()})
         torch.testing.assert_close(loss, wanted, **CLOSE)
@@ -388,9 +396,13 @@ def test_a_task_equals_that_of_the_plain_code(
     batches, name = [], "kd_loss" if t > 1 else "task1_loss"
     loss, plain_loss = getattr(trainer, name), getattr(reference, name + "_merged" * merged)
     args.merge_batchnorm, args.no_teaching = merged, True
-    monkeypatch.setattr(
-        trainer, name, lambda model, *inputs: batches.append(inputs) or loss(model, *inputs)
-    )
+
+    def noted(model, *inputs):
+        batches.append(inputs)
+        own = inputs if t == 1 else (t, inputs[1], softened(inputs[2]), merged)
+        return loss(model, *own)
+
+    monkeypatch.setattr(trainer, name, noted)
     args.epochs, args.decreasing_lr, args.lr, args.batch_size = 3, [2], 0.05, 40
     logits = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(6)).double().to(device)
     ours, data = trainer.make_model(args, device).double(), run.data
