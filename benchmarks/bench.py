@@ -5,9 +5,10 @@
     python benchmarks/bench.py --out bench.json       write the times as JSON too
 
 A row is measured in up to three ways: published (published.py), ours in fp32, and ours in bf16
-where that makes a difference. They take turns in one process, under the same settings of threads
-and memory; a time is the median of its turns. The images are random pixels, on which the time does
-not depend. What loads and augments them is left out; metrics.csv of a run has its images a second.
+where that makes a difference and the CPU has instructions for it. They take turns in one process,
+under the same settings of threads and memory; a time is the median of its turns. A share is that of
+a step in the rate of matrix products. The images are random pixels, on which the time does not
+depend. What loads and augments them is left out; metrics.csv of a run has its images a second.
 """
 
 import sys
@@ -25,6 +26,7 @@ import time
 
 import published
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import main_CIL
@@ -186,9 +188,20 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+def product_rate(way, device):
+    """FLOP a second in the product of two matrices, 2048 x 2048; the fastest of five."""
+    dtype = torch.bfloat16 if way == "bf16" else torch.float32
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    return 2 * 2048**3 / min(seconds_of(lambda: a @ a, device, 3) for _ in range(5))
+
+
 def measure(name, device, repeats):
-    """A row: name, width, seconds {way: median} and ratio {way: times as fast as published}."""
+    """A row: name, width, seconds {way: median}, ratio {way: times as fast as published}, and of a
+    step share {way: of the rate of matrix products, in percent}.
+    """
     make, width, ways, times = ROWS[name]
+    if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        ways = WAYS[:2]  # emulated, a step in bf16 takes minutes
     torch.manual_seed(0)
     works = {way: make(way, width, device) for way in ways}
     turns = {way: [] for way in ways}
@@ -198,19 +211,31 @@ def measure(name, device, repeats):
                 work()  # the first step after another way's turn is slow
             turns[way].append(seconds_of(work, device, times))
     seconds = {way: statistics.median(each) for way, each in turns.items()}
-    ratio = {way: seconds["published"] / seconds[way] for way in ways[1:]}
-    return {"name": name, "width": width, "seconds": seconds, "ratio": ratio}
+    row = {"name": name, "width": width, "seconds": seconds, "share": {}}
+    row["ratio"] = {way: seconds["published"] / seconds[way] for way in ways[1:]}
+    if "step" in name:
+        with FlopCounterMode(display=False) as counter:
+            works["fp32"]()
+        rates = {way: product_rate(way, device) for way in ways[1:]}
+        flop = counter.get_total_flops()
+        row["share"] = {way: 100 * flop / seconds[way] / rate for way, rate in rates.items()}
+    return row
 
 
 HEAD = """\
-| row | width | published | ours, fp32 | ours, bf16 | ratio fp32 | ratio bf16 |
-|---|---|---|---|---|---|---|"""
+| row | width | published | ours, fp32 | ours, bf16 | ratio fp32 | bf16 | share % fp32 | bf16 |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(row):
     """A row as a line of a Markdown table."""
-    cells = [f"{row['seconds'][way]:.4g} s" if way in row["seconds"] else "" for way in WAYS]
-    cells += [f"{row['ratio'][way]:.2f}" if way in row["ratio"] else "" for way in WAYS[1:]]
+    columns = [("seconds", WAYS, "{:.4g} s"), ("ratio", WAYS[1:], "{:.2f}")]
+    columns.append(("share", WAYS[1:], "{:.0f}"))
+    cells = [
+        text.format(row[key][way]) if way in row[key] else ""
+        for key, ways, text in columns
+        for way in ways
+    ]
     return f"| {' | '.join([row['name'], str(row['width']), *cells])} |"
 
 

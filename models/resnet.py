@@ -17,6 +17,11 @@ conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 relu = functools.partial(F.relu, inplace=True)  # what it gets is not needed again
 
 
+def subsample(x, stride):
+    """x[:, :, ::stride, ::stride], whose own gradient is slow."""
+    return F.avg_pool2d(x, 1, stride) if stride > 1 else x
+
+
 class PreActBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut."""
 
@@ -35,8 +40,7 @@ class PreActBlock(nn.Module):
         h = relu(self.bn1(x))
         # The stride of the 1x1 convolution is taken beforehand, which is the same: PyTorch 2.15's
         # CPU kernel writes past its memory (channels last, an odd batch, fewer than 16 channels).
-        s = self.stride
-        shortcut = self.shortcut(h[:, :, ::s, ::s]) if hasattr(self, "shortcut") else x
+        shortcut = self.shortcut(subsample(h, self.stride)) if hasattr(self, "shortcut") else x
         h = self.conv2(relu(self.bn2(self.conv1(h))))
         return h.add_(shortcut)
 
@@ -79,9 +83,9 @@ class BasicBlock(nn.Module):
         self.stride, self.new_channels = stride, outputs - inputs
 
     def forward(self, x):
-        shortcut, s = x, self.stride
-        if s != 1 or self.new_channels:
-            shortcut = F.pad(x[:, :, ::s, ::s], (0, 0, 0, 0, 0, self.new_channels))
+        shortcut = x
+        if self.stride != 1 or self.new_channels:
+            shortcut = F.pad(subsample(x, self.stride), (0, 0, 0, 0, 0, self.new_channels))
         h = relu(self.bn1(self.conv1(x)))
         return relu(self.bn2(self.conv2(h)) + shortcut)
 
