@@ -7,7 +7,7 @@ dataset (see datasets/prepare.py) and shows it:
     python dataset.py --dataset cifar10                      downloads what it needs to data/raw
     python dataset.py --dataset tiny_imagenet --raw FILE     the official file, already here
     python dataset.py --dataset folder --source DIR          images of your own: DIR/train/<class>/*
-    python dataset.py --per_class 300 --pool_size 5000 --data data/small
+    python dataset.py --per_class 300 --pool_size 5000 --data data/few
 """
 
 import hashlib

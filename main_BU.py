@@ -69,7 +69,7 @@ def find_ticket(model, task, run, dense_accuracy):
     when no round is within the limits.
     """
     args, masks, state, rounds = run.args, None, None, []
-    limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
+    limits = f"a drop of --deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
     may_start = args.deacc > 0 or args.base_sparsity > 0  # published: no drop, no sparsity yet
     for pruned, sparsity in pruning_rounds(model, task, args) if may_start else ():
         drop = retrain_round(model, task, run, dense_accuracy, pruned, rounds)
@@ -93,7 +93,7 @@ def regrow(model, task, run, dense_accuracy, current):
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
     """
     args, masks, rounds, drop = run.args, None, [], 0
-    limits = f"--deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
+    limits = f"a drop of --deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
     for pruned, sparsity in pruning_rounds(model, task, args, current):
         if masks is None:  # it counts even if it is one too many, but then it is not retrained
             pruning_utils.apply_mask(model, pruned)

@@ -41,7 +41,7 @@ def make_parser():
     flag("--pruned", action="store_true", help="the checkpoint is pruned: it has masks")
     default = "the last that it has learned, or else the last of all"
     flags.add_state_flag(flag, "test on the classes of tasks 1..t", default)
-    flag("--batch_size", **flags.BATCH_SIZE)
+    flag("--batch_size", **flags.BATCH_SIZE | {"help": f"images at a time {flags.DEFAULT}"})
     message = "where records go (default: nowhere)"
     flag("--save_dir", type=flags.path, metavar="DIR", help=message)
     flags.add_data_flags(parser, dataset.DATASETS)
@@ -105,7 +105,7 @@ def main(argv=None):
         f"{row['cost']['macs']:,} multiply-accumulates per image "
         f"({row['cost']['macs_percent']:.2f} % of the dense network's), "
         f"{row['cost']['state_dict_bytes']:,} bytes of state dict, "
-        f"{row['cost']['packed_bytes']:,} packed, before compression"
+        f"{row['cost']['packed_bytes']:,} of a packed file's arrays"
     )
     return results
 

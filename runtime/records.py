@@ -62,8 +62,8 @@ def run_summary(results, data, model):
         "weights": f"{sum(p.numel() for p in model.parameters()):,} parameters",
     }
     for name, flags in SETTINGS.items():
-        given = {flag: results["config"][flag] for flag in flags if flag in results["config"]}
-        lines[name] = ", ".join(f"{flag} {value}" for flag, value in given.items())
+        given = [f"{f} {results['config'][f]}" for f in flags if f in results["config"]]
+        lines[name] = ", ".join(given) if flags[0] in results["config"] else ""
     lines = "".join(f"  {name:<9}{text}\n" for name, text in lines.items() if text)
     return f"{results['script']}.py\n{lines}"
 
