@@ -49,7 +49,7 @@ def run_script(main):
     except UserError as error:
         message, status = str(error), 2
     except Interrupted as stop:
-        message = f"stopped by {signal.Signals(stop.signum).name}; {resume} to resume"
+        message = f"stopped by {signal.Signals(stop.signum).name}; {resume} to go on"
         status = stop.code
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

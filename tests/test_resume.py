@@ -130,7 +130,7 @@ def test_a_signal_ends_a_run_with_its_status_and_one_line(
     stop = "torch.optim.SGD.step", 4, name
     ended = scripts.run(commands["CIL"], tmp_path, stop=stop, save_seconds=0)
     assert ended.status == 128 + signal.Signals[name]
-    assert ended.err == f"main_CIL.py: stopped by {name}; give the same command to resume\n"
+    assert ended.err == f"main_CIL.py: stopped by {name}; give the same command to go on\n"
     if name == "SIGTERM":
         assert '"finished"' not in (tmp_path / "run/run.json").read_text()
         ended = scripts.run(commands["CIL"], tmp_path)
