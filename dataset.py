@@ -203,9 +203,7 @@ def make_parser():
     parser = Parser(__doc__)
     add_data_flags(parser, DATASETS)
     flag = parser.add_argument_group("preparing").add_argument
-    message = (
-        "folder of the official files (or tiny-imagenet-200.zip), so that nothing is downloaded"
-    )
+    message = "folder of the official files, or tiny-imagenet-200.zip; nothing is downloaded then"
     flag("--raw", type=path, metavar="PATH", help=message)
     message = (
         "for --dataset folder: DIR/train/<class>/*, DIR/test/<class>/* and an optional pool "
@@ -244,9 +242,8 @@ def main(argv=None):
             raise not_prepared(args)
         prepare.ensure_prepared(args.dataset, folder, **options)
     resolve_tasks(args)
-    data = load(
-        args, torch.device("cpu"), pool=prepare.read_meta(folder).get("pool", "") is not None
-    )
+    pool = prepare.read_meta(folder).get("pool", "") is not None
+    data = load(args, torch.device("cpu"), pool)
     print(table(data))
     atomic_write(folder / "preview.png", lambda file: draw(data).save(file, "PNG"))
     print(f"picture: {folder / 'preview.png'}")

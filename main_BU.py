@@ -188,10 +188,9 @@ def first_task(model, run):
     run.add(
         1,
         trainer.evaluate_tasks(model, task, run, "task1_ticket"),
-        pruning_utils.density(masks),
-        **pruning_utils.ticket_record(masks, args, data),
+        **pruning_utils.ticket_record(masks, args, data, pruning_utils.density(masks)),
         dense_accuracy=dense["accuracy"],
-        dense_training=trained.summary(),
+        dense_training=trainer.summary(trained),
         rounds=found["rounds"],
     )
     return trained.best_state, masks
@@ -221,11 +220,10 @@ def next_task(model, t, run, start, current):
     run.add(
         t,
         tested,
-        pruning_utils.density(current),
-        **pruning_utils.ticket_record(masks, args, data),
+        **pruning_utils.ticket_record(masks, args, data, pruning_utils.density(current)),
         dense_accuracy=dense_tested["accuracy"],
-        training=masked.summary(),
-        dense_training=trained.summary(),
+        training=trainer.summary(masked),
+        dense_training=trainer.summary(trained),
         **found,
     )
     return trained.best_state, masks

@@ -26,10 +26,7 @@ from runtime.process import run_script
 def make_parser():
     parser = flags.training_parser(__doc__, "<dataset>_cil", dataset.DATASETS, BACKBONES)
     flag = parser.add_argument_group("bounds").add_mutually_exclusive_group().add_argument
-    message = (
-        "the upper bound: train with all training images of the old tasks in place of exemplars, "
-        "without lottery teaching"
-    )
+    message = "the upper bound: all training images of the old tasks as exemplars, without teaching"
     flag("--joint", action="store_true", help=message)
     message = "the lower bound: train with the new images alone, without exemplars or teaching"
     flag("--finetune", action="store_true", help=message)
@@ -44,19 +41,15 @@ def parse(argv):
     return args
 
 
-def memory(data, args):
-    """The images that are kept of each class when its task is over: {class id: uint8 [n,H,W,3]}."""
-    if args.finetune:
-        return {c: images[:0] for c, images in data.exemplars.items()}
-    return data.train if args.joint else data.exemplars
-
-
 def main(argv=None):
     args = parse(argv)
     model, run = trainer.start_run("main_CIL", args)
     data = run.data
+    kept = data.train if args.joint else data.exemplars  # of each class, when its task is over
+    if args.finetune:
+        kept = {c: images[:0] for c, images in kept.items()}
     for t in range(1, args.classifiers + 1):
-        task = teaching.build_task(data, args, t, memory(data, args))
+        task = teaching.build_task(data, args, t, kept)
         trained = trainer.train_task(model, task, run, f"task{t}", utils.TASK.format(t))
         pruning_utils.load_state(model, trained.best_state)
         if t < args.classifiers:
@@ -64,9 +57,8 @@ def main(argv=None):
         run.add(
             t,
             trainer.evaluate_tasks(model, task, run, f"task{t}"),
-            100.0,
             **pruning_utils.network_record({}, args, data),
-            training=trained.summary(),
+            training=trainer.summary(trained),
         )
     return run.close([row["accuracy"] for row in run.results["states"]])
 

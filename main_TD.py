@@ -32,9 +32,8 @@ def make_parser():
     message = "number of prunings at each task (default 1,1,2,3,5 for five tasks)"
     flag("--prune_scheduler", type=flags.int_list, metavar="S1,..,ST", help=message)
     message = (
-        "what the remaining weights become before the next task: those of the initialization "
-        "(zero, default), of the task's best model (best), new random ones (rand), or no change "
-        "(finetune)"
+        "what remaining weights become before the next task: the initialization (zero, default), "
+        "those of the task's best model (best), new random ones (rand), or no change (finetune)"
     )
     flag("--rewind", choices=("zero", "best", "rand", "finetune"), default="zero", help=message)
     return parser
@@ -47,16 +46,11 @@ def parse(argv):
     tasks = args.classifiers
     if args.prune_scheduler is None and tasks == 5:
         args.prune_scheduler = [1, 1, 2, 3, 5]  # published
-    if args.prune_scheduler is None:
+    if len(args.prune_scheduler or ()) != tasks:
         ones = ",".join(["1"] * tasks)
         raise UserError(
-            f"--prune_scheduler: its default is for 5 tasks, and there are {tasks}; give {tasks} "
-            f"numbers, for example --prune_scheduler {ones}"
-        )
-    if len(args.prune_scheduler) != tasks:
-        raise UserError(
-            f"--prune_scheduler: expected {tasks} numbers, one for each task, got "
-            f"{len(args.prune_scheduler)}"
+            f"--prune_scheduler: expected {tasks} numbers, one for each task, for example "
+            f"--prune_scheduler {ones} (its default is for 5 tasks)"
         )
     check_schedule(args)
     return args
@@ -104,8 +98,7 @@ def rewind(model, t, best, run):
     elif args.rewind == "best":
         pruning_utils.rewind(model, best)
     elif args.rewind == "rand":
-        device = next(model.parameters()).device
-        fresh = trainer.make_model(args, device, utils.TASK.format(t), 0, "rewind")
+        fresh = trainer.make_model(args, run.data.pool.device, utils.TASK.format(t), 0, "rewind")
         pruning_utils.rewind(model, fresh.state_dict())
 
 
@@ -143,9 +136,8 @@ def main(argv=None):
         run.add(
             t,
             evaluated,
-            tested,
-            **pruning_utils.ticket_record(masks, args, data),
-            training=trained.summary(),
+            **pruning_utils.ticket_record(masks, args, data, tested),
+            training=trainer.summary(trained),
         )
         # 4. train the next task; after the last one, that one once more
         task = teaching.build_task(data, args, min(t + 1, tasks))
@@ -154,9 +146,8 @@ def main(argv=None):
     run.add(
         tasks + 1,
         trainer.evaluate_tasks(model, task, run, "result"),
-        pruning_utils.density(pruning_utils.masks_of(model)),
         **pruning_utils.network_record(masks, args, data),
-        training=trained.summary(),
+        training=trainer.summary(trained),
     )
     # task T's row is that of the result, the model of "task T+1"
     rows = [row["accuracy"] for row in run.results["states"]]

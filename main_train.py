@@ -36,12 +36,8 @@ def make_parser():
     message = "mask file, or any pruned checkpoint or packed ticket"
     flag("--mask", type=flags.path, required=True, metavar="M", help=message)
     flags.add_state_flag(flag, "task to train")
-    message = (
-        "train in place of the ticket (none, default): random_mask, a random mask of its density; "
-        "shuffle_mask, the mask shuffled within each layer; reinit, the mask on a new "
-        "initialization; shuffle_weights, the remaining weights shuffled within each layer; dense, "
-        "no mask"
-    )
+    kinds = ", ".join(f"{kind} ({text})" for kind, text in flags.CONTROLS.items())
+    message = f"what to train, see docs/METHOD.md 6: {kinds}; default none"
     flag("--control", choices=flags.CONTROLS, default="none", help=message)
     return parser
 
@@ -49,22 +45,18 @@ def make_parser():
 def apply_control(model, masks, args, device):
     """Put the model, dense with the weights W, under the masks, as --control says.
 
-    Returns the masks that it is then under; an empty dict is dense. The list says what each
-    control keeps and which claim about the ticket it tests. (The sources train from an
-    initialization. W here holds what earlier tasks taught, and a control that moves the mask or
-    the weights loses some of that too; reinit loses all of it.)
+    Returns the masks that it is then under; an empty dict is dense. What each control asks:
 
-    random_mask      the number of weights. Is it the mask, or would any of its density do? (the
-                     random sparse networks of Frankle & Carbin 2019; Frankle et al. 2021)
-    shuffle_mask     the number in each layer. Is it which weights remain, or only how many in
-                     which layer? (Su et al. 2020; Frankle et al. 2021)
-    reinit           the mask, on a new network, with new BatchNorm and heads. Do the
-                     weights matter that the ticket starts from? (Frankle & Carbin 2019; Frankle
-                     et al. 2021; a winning ticket must beat it: Ma et al. 2021)
-    shuffle_weights  the mask, and each layer's distribution of weights. Does it matter which
-                     weight is where? (Su et al. 2020)
-    dense            W without a mask. Does the ticket do as well as the whole network? (Frankle &
-                     Carbin 2019)
+    random_mask      would any mask of this density do? (Frankle & Carbin 2019; Frankle et al. 2021)
+    shuffle_mask     which weights remain, or only how many in which layer? (Su et al. 2020;
+                     Frankle et al. 2021)
+    reinit           do the weights matter that the ticket starts from? BatchNorm and heads are new
+                     too (Frankle & Carbin 2019; a winning ticket must beat it: Ma et al. 2021)
+    shuffle_weights  does it matter which weight of a layer is where? (Su et al. 2020)
+    dense            does the ticket do as well as the whole network? (Frankle & Carbin 2019)
+
+    (The sources train from an initialization. W here holds what earlier tasks taught, and a control
+    that moves the mask or the weights loses some of that too; reinit loses all of it.)
 
     Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019; Su et al., Sanity-Checking Pruning
     Methods, NeurIPS 2020; Frankle et al., Pruning Neural Networks at Initialization: Why Are We
@@ -122,9 +114,8 @@ def main(argv=None):
     run.add(
         t,
         trainer.evaluate_tasks(model, task, run, stage),
-        pruning_utils.density(masks),
         **pruning_utils.network_record(masks, args, data),
-        training=trained.summary(),
+        training=trainer.summary(trained),
     )
     return run.close()
 

@@ -117,12 +117,14 @@ def densities(masks):
 def network_record(masks, args, data):
     """The fields of a record that describe the network of args under masks (see models/cost.py)."""
     layers = densities(masks)
-    return {"layer_density": layers, "cost": cost(args, data.image_size, layers)}
+    costs = cost(args, data.image_size, layers)
+    return {"density": density(masks), "layer_density": layers, "cost": costs}
 
 
-def ticket_record(masks, args, data):
-    """The fields of a record that describe a ticket."""
-    return {"ticket_density": density(masks)} | network_record(masks, args, data)
+def ticket_record(masks, args, data, tested):
+    """The fields of a record of a ticket, made after a network of density `tested` was tested."""
+    found = network_record(masks, args, data)
+    return found | {"ticket_density": found["density"], "density": tested}
 
 
 def describe(masks):
@@ -136,14 +138,10 @@ def apply_mask(model, masks):
 
     Parameters stay the same objects, so that an optimizer goes on with its momentum.
     """
-    if not masks:
-        remove_mask(model)
-    for name, conv in convolutions(model).items() if masks else ():
-        if torch_prune.is_pruned(conv):
-            conv.weight_mask.copy_(masks[name])
-        else:
-            mask = torch.empty_like(conv.weight.detach()).copy_(masks[name])
-            torch_prune.custom_from_mask(conv, "weight", mask)
+    remove_mask(model)
+    for name, mask in masks.items():
+        conv = model.get_submodule(name)
+        torch_prune.custom_from_mask(conv, "weight", mask.to(conv.weight))
 
 
 def remove_mask(model):

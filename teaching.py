@@ -100,14 +100,9 @@ def teach(model, data, run, t):
 
 def augmented_views(data, indices, batch_size, generator):
     """One training view of each pool image: uint8 [n,H,W,3]."""
-    draws = dataset.draw_views(len(indices), data.pad, generator)
-    chunks = (each.to(indices.device).split(batch_size) for each in draws)
-    return torch.cat(
-        [
-            dataset.augment(data.pool[rows], *views, data.pad)
-            for rows, *views in zip(indices.split(batch_size), *chunks)
-        ]
-    )
+    views = torch.stack(dataset.draw_views(len(indices), data.pad, generator)).to(indices.device)
+    parts = zip(indices.split(batch_size), views.split(batch_size, dim=1))
+    return torch.cat([dataset.augment(data.pool[rows], *own, data.pad) for rows, own in parts])
 
 
 def soft_label_files(args, t):
@@ -116,7 +111,7 @@ def soft_label_files(args, t):
     return [Path(args.save_data_path) / f"task{t - 1}_{name}.npy" for name in names]
 
 
-def load_soft_labels(data, args, t):
+def load_logits(data, args, t):
     """What task t learns from the teacher of task t-1: images, logits, logits_main, on the device.
 
     images: uint8 [n,H,W,3], or float32 [n,3,H,W] from published files; logits float32 [n,(t-1)c].
@@ -154,6 +149,6 @@ def build_task(data, args, t, memory=None):
     random = tuple(torch.cat(pair) for pair in zip(new, old))
     unlabeled = None
     if t > 1 and not args.no_teaching:
-        images, *logits = load_soft_labels(data, args, t)
+        images, *logits = load_logits(data, args, t)
         unlabeled = images, *map(soften, logits)
     return Task(t, data, random, len(new[1]), unlabeled)

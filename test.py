@@ -92,7 +92,7 @@ def main(argv=None):
     confusion = evaluated.pop("confusion")
     row = {"state": args.state, "mean": mean(evaluated["accuracy"])} | evaluated
     row |= pruning_utils.network_record(masks, args, data)
-    row |= {"density": pruning_utils.density(masks), "seconds": time.monotonic() - start}
+    row["seconds"] = time.monotonic() - start
     results["states"] = [row]
     if args.save_dir:
         folder = Path(args.save_dir)
@@ -100,13 +100,12 @@ def main(argv=None):
         table = records.confusion_table(confusion, results["class_names"])
         save_text(folder / f"{prefix}confusion.csv", table)
     records.print_state(row)
-    print(
-        f"cost (computed): {row['cost']['weights']:,} convolution weights, "
-        f"{row['cost']['macs']:,} multiply-accumulates per image "
-        f"({row['cost']['macs_percent']:.2f} % of the dense network's), "
-        f"{row['cost']['state_dict_bytes']:,} bytes of state dict, "
-        f"{row['cost']['packed_bytes']:,} of a packed file's arrays"
+    text = (
+        "cost (computed): {weights:,} convolution weights, {macs:,} multiply-accumulates per image "
+        "({macs_percent:.2f} % of the dense network's), {state_dict_bytes:,} bytes of state dict, "
+        "{packed_bytes:,} of a packed file's arrays"
     )
+    print(text.format(**row["cost"]))
     return results
 
 

@@ -7,7 +7,7 @@ task1_loss() or kd_loss().
 import copy
 import itertools
 import math
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -109,9 +109,8 @@ def task1_loss(model, x, y):
     Returns the loss, and its terms {name: value} without gradients. The published code passes the
     batch twice, once for each head; BatchNorm accounts for that.
     """
-    features = model.features(x, groups=((len(x), 2),))
-    random = F.cross_entropy(model.logits(features, 1, main_fc=False), y)
-    new = F.cross_entropy(model.logits(features, 1, main_fc=True), y)
+    both = model.logits(model.features(x, groups=((len(x), 2),)), 1, main_fc=None)
+    random, new = (F.cross_entropy(logits, y) for logits in both.chunk(2, dim=1))
     return random + new, {"random": random.detach(), "new": new.detach()}
 
 
@@ -131,21 +130,19 @@ def kd_loss(model, k, sub, batch, merged=False):
     features = model.features(torch.cat(images), groups)
     both = model.logits(features, k, main_fc=None).chunk(2, dim=1)
     logits, logits_main = (Batch(*each.split(sizes)) for each in both)
-    random = F.cross_entropy(logits.random, batch.random[1])
-    new = F.cross_entropy(logits_main.new, batch.new[1])
-    terms = {"random": random, "new": new}
-    a, b = sub // k / sub, sub * (k - 1) // k / sub
-    loss, balanced = random, a * new
+    terms = {
+        "random": F.cross_entropy(logits.random, batch.random[1]),
+        "new": F.cross_entropy(logits_main.new, batch.new[1]),
+    }
     if len(batch.old[1]):  # the mean over none is NaN
         terms["old"] = F.cross_entropy(logits_main.old, batch.old[1])
-        balanced = balanced + b * terms["old"]
     if batch.unlabeled:
         _, soft_labels, soft_labels_main = batch.unlabeled
         terms["distillation"] = distillation(logits.unlabeled, soft_labels)
         terms["distillation_main"] = distillation(logits_main.unlabeled, soft_labels_main)
-        loss = loss + terms["distillation"]
-        balanced = balanced + terms["distillation_main"]
-    loss = loss + BALANCED_WEIGHT * balanced
+    a, b = sub // k / sub, sub * (k - 1) // k / sub
+    balanced = a * terms["new"] + b * terms.get("old", 0) + terms.get("distillation_main", 0)
+    loss = terms["random"] + terms.get("distillation", 0) + BALANCED_WEIGHT * balanced
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
@@ -172,12 +169,11 @@ def make_batches(task, args, stream, epoch):
     if task.unlabeled:
         n = len(task.unlabeled[0])
         unlabeled = dataset.infinite_draws(n, size, data, *key, "unlabeled", augmented=False)
-    return (take_batch(task, *draws) for draws in zip(random, new, old, unlabeled)), number
+    return (take_batch(task, *draws) for draws in zip(unlabeled, random, new, old)), number
 
 
-def take_batch(task, *draws):
+def take_batch(task, unlabeled, *draws):
     """The Batch of the draws of its four sub-batches; those with labels are made together."""
-    *draws, unlabeled = draws
     taken = dataset.take(task.random, torch.cat(draws, dim=1), task.data)
     sizes = [each.shape[1] for each in draws]
     parts = zip(*(each.split(sizes) for each in taken))
@@ -185,9 +181,7 @@ def take_batch(task, *draws):
 
 
 def train_epoch(model, optimizer, task, args, plan, epoch):
-    """Train one epoch. Returns the means of the loss and its terms over its steps, and how many
-    images the network saw.
-    """
+    """Train one epoch: the means of the loss and its terms, and how many images the network saw."""
     model.train()
     sub, images, sums = args.batch_size // 4, 0, 0.0
     batches, number = make_batches(task, args, plan.stream, epoch)
@@ -273,8 +267,7 @@ def evaluate_tasks(model, task, run, name, split="test"):
 # ------------------------------------------------------------------------------ the loop
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """How fit() trains."""
 
     stage: str  # its name in the run and its files
@@ -286,56 +279,8 @@ class Plan:
     best_model: str = None  # file of the best epoch; None: it is not kept
 
 
-@dataclass
-class Progress:
-    """Where fit() stands; a progress file holds it with model and optimizer."""
-
-    epoch: int = 0  # the last one that is done
-    best: float = -1.0  # accuracy in percent; -1: none was measured
-    best_epoch: int = 0
-    best_checkpoint: dict = None
-    history: list = field(default_factory=list)  # a row of metrics.csv for each epoch
-
-    def finish_epoch(self, row, checkpoint):
-        """Note an epoch, and keep its checkpoint if it is the best (a tie keeps the earlier)."""
-        self.epoch = row["epoch"]
-        self.history.append(row)
-        if row.get("accuracy", -1.0) > self.best:
-            self.best, self.best_epoch = row["accuracy"], row["epoch"]
-            self.best_checkpoint = copy.deepcopy(checkpoint)
-
-    def outcome(self):
-        """What is recorded of a finished loop."""
-        seconds = sum(row["seconds"] for row in self.history)
-        images = sum(row["seconds"] * row["images_per_second"] for row in self.history)
-        return {
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "seconds": seconds,
-            "images_per_second": images / max(seconds, 1e-9),
-        }
-
-
-class Trained(NamedTuple):
-    """The outcome of fit(); the last epoch's weights are in the model."""
-
-    best: float  # accuracy in percent; -1 when none was measured
-    best_epoch: int
-    seconds: float
-    images_per_second: float  # validation included
-    best_state: dict = None  # the best epoch's state dict, if it was kept
-
-    def summary(self):
-        """What goes into the records."""
-        return {
-            "best_val": self.best,
-            "best_epoch": self.best_epoch,
-            "images_per_second": round(self.images_per_second, 1),
-        }
-
-
 def train_task(model, task, run, stage, stream, best_model=None):
-    """Train a task with all its epochs and log the outcome. Returns a Trained.
+    """Train a task with all its epochs and log the outcome. Returns as fit().
 
     best_model: name of the best epoch's file, by default '<stage>_best_model.pt'.
     """
@@ -351,7 +296,7 @@ def train_task(model, task, run, stage, stream, best_model=None):
 
 
 def retrain(model, task, run, stage, stream, split=None, optimizer=None):
-    """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns a Trained."""
+    """Retrain after a pruning: --iter_epochs at a constant lr/100. Returns as fit()."""
     plan = Plan(stage, stream, run.args.iter_epochs, run.args.lr / 100, split=split)
     return fit(model, task, run, plan, optimizer)
 
@@ -370,32 +315,51 @@ def fit(model, task, run, plan, optimizer=None):
     if run.done(plan.stage):
         restore(model, optimizer, run.load(last_model))
     else:
-        progress = Progress()
+        done, best = 0, {"epoch": 0, "best_prec1": -1.0}  # no accuracy was measured
         if saved := run.progress(plan.stage):
-            restore(model, optimizer, saved.pop("last"))
-            progress = Progress(**saved)
-            print(f"{plan.stage}: resumes after epoch {progress.epoch}", flush=True)
-        for epoch in range(progress.epoch + 1, plan.epochs + 1):
+            restore(model, optimizer, saved["last"])
+            done, best = saved["last"]["epoch"], saved["best_checkpoint"] or best
+            print(f"{plan.stage}: resumes after epoch {done}", flush=True)
+        for epoch in range(done + 1, plan.epochs + 1):
             set_learning_rate(optimizer, plan, epoch)
             losses, images = train_epoch(model, optimizer, task, args, plan, epoch)
             check_finite(model, losses, plan, args, epoch)
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **losses}
             if plan.split is not None:
                 row["accuracy"] = validate(model, task, args, plan)
-            row = run.record_epoch(plan.stage, row, images)
-            checkpoint = make_checkpoint(model, optimizer, epoch, row.get("accuracy", -1.0))
-            progress.finish_epoch(row, checkpoint)
-            run.save_progress(plan.stage, vars(progress) | {"last": checkpoint})
+            run.record_epoch(plan.stage, row, images)
+            last = make_checkpoint(model, optimizer, epoch, row.get("accuracy", -1.0))
+            if last["best_prec1"] > best["best_prec1"]:  # a tie keeps the earlier
+                best = copy.deepcopy(last)
+            run.save_progress(plan.stage, {"last": last, "best_checkpoint": best})
         if not plan.epochs and plan.split is not None:  # pruned without retraining
-            progress.best = validate(model, task, args, plan)
-        last = make_checkpoint(model, optimizer, plan.epochs, progress.best)
+            best["best_prec1"] = validate(model, task, args, plan)
+        last = make_checkpoint(model, optimizer, plan.epochs, best["best_prec1"])
         run.save_checkpoint(last_model, last, task.t)
         if plan.best_model:
-            run.save_checkpoint(plan.best_model, progress.best_checkpoint, task.t)
+            run.save_checkpoint(plan.best_model, best, task.t)
         files = filter(None, (last_model, plan.best_model))
-        run.finish(plan.stage, *files, **progress.outcome())
+        run.finish(plan.stage, *files, **outcome(best, run, plan))
     best_state = run.load(plan.best_model)["state_dict"] if plan.best_model else None
-    return Trained(**run.result(plan.stage), best_state=best_state)
+    return SimpleNamespace(**run.result(plan.stage), best_state=best_state)
+
+
+def outcome(best, run, plan):
+    """What is recorded of a loop.
+
+    best: accuracy in percent, -1 if none was measured; images_per_second: validation included.
+    """
+    rows = [row for row in run.epochs if row["stage"] == plan.stage]
+    seconds = sum(row["seconds"] for row in rows)
+    speed = sum(row["seconds"] * row["images_per_second"] for row in rows) / max(seconds, 1e-9)
+    times = {"seconds": seconds, "images_per_second": speed}
+    return {"best": best["best_prec1"], "best_epoch": best["epoch"]} | times
+
+
+def summary(trained):
+    """What a record says of a training."""
+    speed = round(trained.images_per_second, 1)
+    return {"best_val": trained.best, "best_epoch": trained.best_epoch, "images_per_second": speed}
 
 
 def restore(model, optimizer, checkpoint):

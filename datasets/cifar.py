@@ -39,9 +39,7 @@ def read_official(name, path, download):
         download_file(official.url, archive, official.tgz_md5)
     if not archive.is_file():
         wanted = f"{official.filename} nor {official.base_folder}"
-        raise UserError(
-            f"--raw {path}: has neither {wanted}; put one there (for another pool: --unlabeled)"
-        )
+        raise UserError(f"--raw {path}: has neither {wanted}; put one there, or give --unlabeled")
     with tempfile.TemporaryDirectory() as unpacked:  # `path` may be read-only
         with explain(archive, "cannot be unpacked"):
             shutil.unpack_archive(archive, unpacked, filter="data")

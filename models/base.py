@@ -42,7 +42,7 @@ class LifelongNet(nn.Module):
         norms = [module for module in self.modules() if isinstance(module, BatchNorm2d)]
         for norm in norms:
             norm.groups = groups
-        if self.training and groups:
+        if norms and self.training and groups:
             passes = sum(times for _, times in groups)
             torch._foreach_add_([norm.num_batches_tracked for norm in norms], passes)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):

@@ -23,6 +23,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         running = self.running_mean, self.running_var
         if len(groups) == 1:
             return F.batch_norm(x, *running, self.weight, self.bias, True, groups[0][1], self.eps)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()  # with out=, the CPU kernel reads other strides wrongly
         return NormalizeGroups.apply(x, self.weight, self.bias, running, groups, self.eps)
 
 

@@ -286,17 +286,18 @@ class Run:
         if not self.replaying:
             print(text, flush=True)
 
-    def add(self, state, evaluated, density, **more):
+    def add(self, state, evaluated, **more):
         """Add a row to results.json, once for each state.
 
-        evaluated: from trainer.evaluate(), on the test images; density: percent, of that model.
+        evaluated: from trainer.evaluate(), on the test images; more: density (percent) of that
+        model, and what else describes it.
         """
         rows = self.results["states"]
         if any(row["state"] == state for row in rows):
             return
         spent = time.monotonic() - self.start - sum(row["seconds"] for row in rows)
         row = {"state": state, "accuracy": evaluated["accuracy"]}
-        row |= {"mean": mean(evaluated["accuracy"]), "density": density}
+        row |= {"mean": mean(evaluated["accuracy"])}
         row |= {key: evaluated[key] for key in ("task_aware", "recency")} | more
         rows.append(row | {"seconds": spent})
         self.write_journal()

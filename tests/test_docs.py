@@ -64,4 +64,4 @@ def test_the_code_that_draws_an_accuracy_matrix(tmp_path, monkeypatch):
     matrix = names["matrix"]
     assert matrix.shape == (6, 5) and matrix.loc[3].notna().tolist() == [True] * 3 + [False] * 2
     assert round(matrix.loc[6].mean(), 1) == 53.0  # docs/evidence.md, separate statistics
-    assert (tmp_path / "matrix.png").exists()
+    assert (tmp_path / "report/matrix.png").exists()

@@ -192,10 +192,10 @@ def test_soft_labels_are_those_of_the_previous_task(data, args, t):
 def test_the_published_form_gives_the_same_images(args, data):
     """float32, normalized."""
     content = store(args)
-    ours = teaching.load_soft_labels(data, args, 3)
+    ours = teaching.load_logits(data, args, 3)
     channels_last = content["img"].transpose(0, 2, 3, 1)
     store(args, img=reference.normalize(channels_last, [0.5] * 3, [0.25] * 3).float().numpy())
-    published = teaching.load_soft_labels(data, args, 3)
+    published = teaching.load_logits(data, args, 3)
     assert published[0].dtype == torch.float32
     images = (dataset.normalize(each[0], data) for each in (ours, published))
     torch.testing.assert_close(*images, rtol=1e-6, atol=1e-6)
@@ -227,8 +227,8 @@ BAD = [
 def test_a_file_that_does_not_fit_is_an_error_that_names_it(args, data, name, content):
     """Missing columns too. (The published loss appends zero probabilities for them.)"""
     store(args)
-    teaching.load_soft_labels(data, args, 3)  # these fit
+    teaching.load_logits(data, args, 3)  # these fit
     store(args, **{name: content})
     with pytest.raises(UserError, match=f"task2_{name}.npy") as error:
-        teaching.load_soft_labels(data, args, 3)
+        teaching.load_logits(data, args, 3)
     assert len(str(error.value).splitlines()) == 1
