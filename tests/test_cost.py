@@ -10,19 +10,6 @@ import pruning_utils
 from models import build_model
 from models.cost import cost
 
-CONV = 3 * 3
-
-
-def macs_by_hand(w, side, classes):
-    """Of ResNet18: 3x3 convolutions stage by stage, shortcuts, heads."""
-    stages = [w * 3 * CONV + 4 * w * w * CONV]
-    for layer in (1, 2, 3):
-        inputs, outputs = w * 2 ** (layer - 1), w * 2**layer
-        convs = inputs * outputs * CONV + 3 * outputs**2 * CONV + inputs * outputs
-        stages.append(convs)
-    positions = [(side // 2**layer) ** 2 for layer in range(4)]
-    return sum(n * each for n, each in zip(stages, positions)) + 8 * w * classes
-
 
 def flags(arch, width, classes=10):
     tasks = {"classifiers": classes // 2, "classes_per_classifier": 2}
@@ -40,7 +27,6 @@ def flags(arch, width, classes=10):
 )
 def test_multiply_accumulates_of_the_dense_networks(arch, width, side, millions):
     found = cost(flags(arch, width), [side, side], {})
-    assert arch == "resnet32" or found["macs"] == macs_by_hand(width, side, 10)
     assert round(found["macs"] / 1e6, 1) == millions
     assert found["macs_percent"] == 100
     assert found["state_dict_bytes"] == found["packed_bytes"]

@@ -24,7 +24,6 @@ from sets import (
 )
 
 import dataset
-from datasets.spec import shuffle
 
 REPOSITORY = Path(dataset.__file__).parent
 DIGITS_PER_CLASS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -73,11 +72,6 @@ def test_the_digits_are_all_images_once_and_always_split_alike(digits):
         assert recorded.flatten().numpy() == pytest.approx(found, abs=1e-4)
 
 
-def test_random_draws_are_those_of_the_first_release():
-    assert shuffle(np.arange(10), 0, "split", 3).tolist() == [4, 6, 5, 2, 9, 8, 1, 0, 7, 3]
-    assert shuffle(np.arange(10), 0, "exemplars", 3).tolist() == [3, 0, 7, 4, 6, 2, 8, 5, 1, 9]
-
-
 # ------------------------------------------------------------------------------ Data
 
 
@@ -102,24 +96,6 @@ def test_the_fingerprint_tells_datasets_apart(data):
         change()
         seen.add(data.fingerprint())
     assert len(seen) == len(changes) + 1
-
-
-def test_an_epoch_takes_each_image_once_and_the_next_ones_others(data):
-    images, labels = data.select_tasks(data.train, 1, 3)
-    tensors = (images, labels, torch.arange(len(images)))
-    generator = torch.Generator().manual_seed(0)
-    draws = dataset.epoch_draws(81, 32, data, generator, augmented=False)
-    batches = [dataset.take(tensors, each, data) for each in draws]
-    assert [len(batch[1]) for batch in batches] == [32, 32, 17]
-    batch, found, rows = (torch.cat(each) for each in zip(*batches))
-    assert sorted(rows.tolist()) == [*range(81)] != rows.tolist()
-    assert torch.equal(found, labels[rows])
-    wanted = (images[rows].permute(0, 3, 1, 2) / 255 - data.mean) / data.std
-    assert torch.allclose(batch, wanted, atol=1e-6)
-    endless = dataset.infinite_draws(81, 81, data, 0, "test", first=7)
-    (first, *_), (second, *_) = next(endless), next(endless)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == [*range(7, 88)]
-    assert first.tolist() != second.tolist()
 
 
 # ------------------------------------------------------------------------------ tasks

@@ -18,7 +18,6 @@ import main_TD
 import main_train
 import test as test_script
 import trainer
-from models.batchnorm import BatchNorm2d
 from runtime.checkpoint import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -199,21 +198,3 @@ def test_mistakes_are_noticed(monkeypatch, owner, name, wrong, words):
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises((RuntimeError, AssertionError), match=words):
         check_no_wait_in_an_epoch()
-
-
-# ------------------------------------------------------------------------------ memory
-
-
-@pytest.mark.parametrize("kind, layout", [("cuda", "channels_last"), ("mps", "contiguous_format")])
-def test_channels_come_first_in_memory_on_mps(kind, layout):
-    with emulated(kind):
-        task, args, model, _ = kd_task(torch.device(kind, 0))
-        batches, _ = trainer.make_batches(task, args, "task3", epoch=1)
-        seen = []
-        for module in model.modules():
-            if isinstance(module, BatchNorm2d):
-                module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        trainer.kd_loss(model, 3, args.batch_size // 4, next(batches))
-        published = dataset.normalize(torch.zeros(2, 3, 32, 32, device=f"{kind}:0"), task.data)
-        layout = getattr(torch, layout)
-        assert seen and all(x.is_contiguous(memory_format=layout) for x in (*seen, published))

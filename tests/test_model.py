@@ -1,6 +1,5 @@
 """The networks against docs/METHOD.md section 3: plain ones, sizes, initial values, mismatches."""
 
-import copy
 from argparse import Namespace
 
 import pytest
@@ -78,31 +77,6 @@ def test_features_equal_those_of_the_plain_network(arch, size):
     model, x = make(arch).eval(), images(3, *size)
     expected = getattr(Plain(model.state_dict()), arch)(x).mean((2, 3))
     torch.testing.assert_close(model(x, is_feature=True), expected, **CLOSE)
-
-
-@ARCHS
-@pytest.mark.parametrize("groups", [((4, 1), (2, 1), (1, 1), (3, 2)), ((10, 2),), ((3, 3), (7, 1))])
-def test_groups_equal_separate_passes(arch, groups):
-    """Gradients and running statistics too; a group with two passes passes twice."""
-    ours = make(arch).train()
-    plain = copy.deepcopy(ours)
-    for seed in (1, 2):  # the running statistics continue from where they are
-        x = images(10, seed=seed)
-        found, wanted = ours.features(x, groups), []
-        for group, (_, passes) in zip(x.split([size for size, _ in groups]), groups):
-            wanted.append([plain(group, is_feature=True) for _ in range(passes)][-1])
-        wanted = torch.cat(wanted)
-        torch.testing.assert_close(found, wanted, **CLOSE)
-        slope = torch.randn_like(wanted)
-        for model, features in ((ours, found), (plain, wanted)):
-            model.zero_grad()
-            (features * slope).sum().backward()
-        grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-        assert len(grads) == len([*ours.parameters()]) - 12  # the heads
-        for name, grad in grads.items():
-            torch.testing.assert_close(ours.get_parameter(name).grad, grad, **CLOSE)
-        for key, value in plain.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[key], value, **CLOSE)
 
 
 # ------------------------------------------------------------------------------ heads and sizes
