@@ -45,11 +45,16 @@ def top_down(folder):
     return write(folder, "main_TD", rows)
 
 
-def bottom_up(folder, seed=0, **config):
-    """Task 2 is tested under task 1's ticket of 8 %, and re-grows it to 30 %."""
+def bottom_up(folder, seed=0, dense_accuracy=(), **config):
+    """Task 2 is tested under task 1's ticket of 8 %, and re-grows it to 30 %.
+
+    dense_accuracy: of its dense networks, after each task.
+    """
     first = {"accuracy": [89.0], "density": 8.0, "ticket_density": 8.0}
     second = {"accuracy": [80.0, 60.0], "density": 8.0, "ticket_density": 30.0}
     rows = [first | {"cost": {"macs_percent": 12.0}}, second | {"cost": {"macs_percent": 40.0}}]
+    for row, accuracy in zip(rows, dense_accuracy):
+        row["dense_accuracy"] = accuracy
     return write(folder, "main_BU", rows, seed=seed, **config)
 
 
@@ -163,6 +168,25 @@ def test_the_row_of_a_run(tmp_path, tables):
     assert {name: (*runs[name],) for name in expected} == expected
     own = results[(results["run"] == "TD") & (results["task"] == 1)]
     assert [*zip(own["density"], own["macs"])] == [(100, 100), (50, 60), (20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {"dense": [85, 60], "BU": [89, 70]}),
+        ("dense", {"dense": [90, 70], "BU": [89, 70]}),
+        ("TD", {"dense": [85, 60], "TD": [90, 70], "BU": [89, 70]}),
+    ],
+)
+def test_the_dense_row_is_that_of_main_bu_without_a_run_of_main_cil(
+    tmp_path, tables, given, expected
+):
+    own = bottom_up(tmp_path / "BU", dense_accuracy=([85.0], [70.0, 50.0]))
+    others = {"": [], "dense": [dense], "TD": [top_down]}[given]
+    runs, *_ = tables(own, *(other(tmp_path / given) for other in others))
+    found = runs[["task 1 mean", "task 2 mean"]].T.to_dict("list")
+    assert found == expected and list(found) == list(expected)
+    assert runs.loc["dense", "density mean"] == 100
 
 
 def test_controls_are_compared_with_the_ticket_of_the_same_seed(tmp_path, tables):

@@ -54,9 +54,9 @@ backward transfer, task-aware the accuracy after the last task by the heads of e
 recency the percentage of test images that are then classified as a class of the last task.
 Density is the percentage of weights in the model that was tested, and MACs that of the
 multiply-accumulates per image (computed, not measured); the ticket is the one found after the last
-test, which BU may have re-grown. TD's accuracy after the last task is that of its result.
-Mean ± standard deviation (n - 1) over the seeds that have the value; columns that no run fills are
-left out.""",
+test, which BU may have re-grown. TD's accuracy after the last task is that of its result. Without
+main_CIL, the dense row is that of BU's dense networks, which are the same. Mean ± standard
+deviation (n - 1) over the seeds that have the value; columns that no run fills are left out.""",
     "controls": """Retrained tickets (main_train.py) and their controls on the same task. All is
 measured after the task t of the row, so that an unbiased recency is 100 / t. "Minus the ticket" is
 the difference from the ticket of the same seed, in percentage points.""",
@@ -88,8 +88,9 @@ def read_record(content, path, before):
     method = next((bound for bound in ("joint", "finetune") if own.get(bound)), SCRIPTS[script])
     first = before[0]["config"] if before else {"seed": 0}
     config = first | {"control": "none"} | own
-    record = {"path": path, "script": script, "config": config, "method": method}
-    return record | {"flags": setting(config), "rows": state_rows(record, content["states"])}
+    states = content["states"]
+    record = {"path": path, "script": script, "config": config, "method": method, "states": states}
+    return record | {"flags": setting(config), "rows": state_rows(record, states)}
 
 
 def setting(config):
@@ -167,6 +168,20 @@ def label_runs(records):
             differ |= {flag for flag in compared if other["flags"].get(flag) != flags.get(flag)}
         typed = [f"--{flag} {flags[flag]}".strip() for flag in flags if flag in differ]
         record["run"] = one_line(" ".join([record["method"], *typed]))
+
+
+def dense_networks(records):
+    """Those of main_BU as runs of their own, unless main_CIL, which trains the same, is given."""
+    found, has_dense = [], any(record["method"] == "dense" for record in records)
+    for record in records if not has_dense else ():
+        states = [
+            {"state": row["state"], "accuracy": row["dense_accuracy"], "density": 100.0}
+            for row in record["states"]
+            if "dense_accuracy" in row  # of main_BU alone
+        ]
+        run = record["run"].replace("BU", "dense", 1)
+        found.append(record | {"run": run, "rows": state_rows(record, states)})
+    return found
 
 
 def state_frame(records):
@@ -337,7 +352,7 @@ def encode(path):
 
 def write_report(out, records):
     """Write all files to the folder `out`. Returns the tables as Markdown."""
-    states, tables, text = state_frame(records), {}, ""
+    states, tables, text = state_frame([*dense_networks(records), *records]), {}, ""
     # of main_TD's last task and its result, the result
     shown = states.drop_duplicates(["run", "seed", "control", "after"], keep="last")
     epochs, confusions = epoch_frame(records), confusion_frames(records)
