@@ -121,19 +121,13 @@ def retrain_round(model, task, run, dense_accuracy, masks, rounds):
     stage, stream = f"task{t}_round{number}", utils.BOTTOM_UP.format(t, number)
     images = getattr(task.data, run.args.select_on)
     accuracy = trainer.retrain(model, task, run, stage, stream, images).best
-    drop = exact(dense_accuracy - accuracy)
-    density = pruning_utils.density(masks)
-    rounds.append({"density": density, "accuracy": accuracy, "decay": drop})
+    drop = round(dense_accuracy - accuracy, 9)  # so that one of 1 point equals 1
+    rounds.append({"density": pruning_utils.density(masks), "accuracy": accuracy, "decay": drop})
     run.log(
         f"task {t}: pruning {number}, {pruning_utils.describe(masks)}, accuracy {accuracy:.2f} %, "
         f"drop {drop:.2f}"
     )
     return drop
-
-
-def exact(points):
-    """A difference of accuracies without its rounding, so that one of 1 point equals 1."""
-    return round(points, 9)
 
 
 def keep_or_regrow(model, task, run, dense, masked, current):
@@ -142,7 +136,7 @@ def keep_or_regrow(model, task, run, dense, masked, current):
     dense, masked: the two models of task t, evaluated on the --select_on images.
     """
     dense_mean, masked_mean = (sum(each["accuracy"]) / task.t for each in (dense, masked))
-    cost = exact(dense_mean - masked_mean)
+    cost = round(dense_mean - masked_mean, 9)
     keep = cost < run.args.accept_decay
     verb = "stays" if keep else "re-grows"
     run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it {verb}")

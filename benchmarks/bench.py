@@ -90,11 +90,11 @@ def prune_once(model):
 
 
 def make_task(args, data, queried):
-    """Task T, with so many queried images as we store them (uint8), and random logits."""
+    """Task T, with so many queried images as we store them (uint8), and random soft labels."""
     images = torch.randint(256, (queried, 3, 32, 32), dtype=torch.uint8, device=data.pool.device)
     logits = torch.randn(2, queried, (T - 1) * CLASSES, device=data.pool.device)
     task = teaching.build_task(data, args, T)
-    return task._replace(unlabeled=(images.permute(0, 2, 3, 1), *logits))
+    return task._replace(unlabeled=(images.permute(0, 2, 3, 1), *map(trainer.soften, logits)))
 
 
 def descend(optimizer, loss):
@@ -139,8 +139,6 @@ def kd_step(way, width, device):
     )
     if way == "published":
         return lambda: published.kd_step(model, optimizer, T, sub, *batch)
-    images, *logits = batch.unlabeled
-    batch = batch._replace(unlabeled=(images, *map(trainer.soften, logits)))
     return lambda: descend(optimizer, trainer.kd_loss(model, T, sub, batch)[0])
 
 
@@ -229,8 +227,8 @@ HEAD = """\
 
 def line(row):
     """A row as a line of a Markdown table."""
-    columns = [("seconds", WAYS, "{:.4g} s"), ("ratio", WAYS[1:], "{:.2f}")]
-    columns.append(("share", WAYS[1:], "{:.0f}"))
+    ours = WAYS[1:]
+    columns = ("seconds", WAYS, "{:.4g} s"), ("ratio", ours, "{:.2f}"), ("share", ours, "{:.0f}")
     cells = [
         text.format(row[key][way]) if way in row[key] else ""
         for key, ways, text in columns

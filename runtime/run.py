@@ -246,8 +246,7 @@ class Run:
     def record_epoch(self, stage, row, images):
         """Add an epoch of a stage to metrics.csv, in place of its rows from that epoch on.
 
-        images: how many it has trained on. Returns the row with its time and speed, validation
-        included.
+        images: how many it has trained on. The time is that of validation, too.
         """
         now = time.monotonic()
         seconds, self.epoch_start = max(now - self.epoch_start, 1e-9), now
@@ -262,7 +261,6 @@ class Run:
             speed = f"{row['images_per_second']:.0f} images/s"
             print(f"{stage}: epoch {row['epoch']}, loss {row['loss']:.3f}{accuracy}, {speed}")
             self.last_printed = time.monotonic()
-        return row
 
     def write_tensorboard(self, row):
         """Scalars such as loss/task1; at first those of all epochs so far."""
