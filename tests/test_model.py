@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from models import BACKBONES, build_model
 from models.base import dense_state
+from models.batchnorm import BatchNorm2d
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # float64
 ARCHS = pytest.mark.parametrize("arch", ["resnet18", "resnet32"])
@@ -77,6 +78,27 @@ def test_features_equal_those_of_the_plain_network(arch, size):
     model, x = make(arch).eval(), images(3, *size)
     expected = getattr(Plain(model.state_dict()), arch)(x).mean((2, 3))
     torch.testing.assert_close(model(x, is_feature=True), expected, **CLOSE)
+
+
+LAYOUTS = {
+    "channels first": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every second": lambda x: x[..., ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "some channels": lambda x: x[:, 1:3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_groups_of_any_layout_are_normalized(layout):
+    generator = torch.Generator().manual_seed(0)
+    x = layout(torch.randn(9, 4, 6, 8, generator=generator, dtype=torch.float64)).requires_grad_()
+    norm, plain = (BatchNorm2d(x.shape[1]).double().train() for _ in range(2))
+    norm.groups, wanted = ((2, 1), (4, 1), (3, 1)), torch.cat([*map(plain, x.split([2, 4, 3]))])
+    found, slope = norm(x), torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    gradients = (torch.autograd.grad((y * slope).sum(), x)[0] for y in (found, wanted))
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 # ------------------------------------------------------------------------------ heads and sizes
