@@ -84,26 +84,27 @@ class Server:
         self.process.wait()
 
 
-def write_published(folder):
-    """Write the published files of a dataset with few and small images."""
+def write_published(folder, side=12):
+    """Write the published files of a dataset with few and small images; return what they hold."""
     folder.mkdir()
     generator = np.random.default_rng(0)
 
     def images(n, c=0):
-        noise = generator.integers(0, 120, (n, 12, 12, 3))
+        noise = generator.integers(0, 120, (n, side, side, 3))
         return (noise + 13 * c).astype(np.uint8)
 
-    for name, n in {"train": 10, "val": 4, "test": 5, "save_100": 3}.items():
-        content = pickle.dumps({c: images(n, c) for c in range(10)}, 2)
-        (folder / f"cifar10_{name}.pkl").write_bytes(content)
-    pool = {"data": images(30, 5), "label": np.zeros(30)}
-    (folder / "cifar10_80m_150k.pkl").write_bytes(pickle.dumps(pool, 4))
+    counts = {"train": 10, "val": 4, "test": 5, "save_100": 3}
+    content = {name: {c: images(n, c) for c in range(10)} for name, n in counts.items()}
+    content["80m_150k"] = {"data": images(30, 5), "label": np.zeros(30)}
+    for name, own in content.items():
+        (folder / f"cifar10_{name}.pkl").write_bytes(pickle.dumps(own, 2))
+    return content
 
 
 def tree(folder):
     """{path: content} of all files in a folder but locks."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path: path.read_bytes() for path in paths if not path.name.endswith("lock")}
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {str(path): path.read_bytes() for path in paths if not path.name.endswith("lock")}
 
 
 # ------------------------------------------------------------------------------ the server

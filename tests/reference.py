@@ -72,6 +72,16 @@ def kd_loss_merged(model, k, sub, batch):
     return kd_loss(forward, k, sub, batch)
 
 
+def random_masks(model, seed, share=0.5):
+    """Masks of all convolutions: {name: float32 of 0 and 1}, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.rand(module.weight.shape, generator=generator) < share).float()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    }
+
+
 def apply_masks(model, masks):
     """Prune with torch.nn.utils.prune. masks: {name of a convolution: 0/1 tensor}."""
     modules = dict(model.named_modules())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import tree
 
 import dataset
 from runtime.args import Parser, add_data_flags
@@ -42,16 +43,10 @@ def check_error(call, *fragments):
 
 def check_rejected(call, *fragments):
     """check_error(), and no file in the current folder has changed; return the line."""
-    before = tree()
+    before = tree(".")
     line = check_error(call, *fragments)
-    assert tree() == before
+    assert tree(".") == before
     return line
-
-
-def tree(folder="."):
-    """All files in a folder, without the lock of a preparation: path -> content."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.name != ".lock")
-    return {str(path): path.read_bytes() for path in paths if path.is_file()}
 
 
 # ------------------------------------------------------------------------------ loading
@@ -114,19 +109,6 @@ def write_cifar(raw="raw", train=20, tests=10):
         s: {c: own[np.array(labels[s]) == c] for c in range(10)} for s, own in images.items()
     }
     return by_class, pool
-
-
-def write_published():
-    """Write the five published files to published/; returns what they hold."""
-    Path("published").mkdir()
-    content = {
-        split: {c: random_images(4 + i + c % 3, [i, c]) for c in range(10)}
-        for i, split in enumerate(FILES)
-    }
-    content["80m_150k"] = {"data": random_images(9, 5), "label": np.zeros(9, dtype=np.uint8)}
-    for name, own in content.items():
-        Path(f"published/cifar10_{name}.pkl").write_bytes(pickle.dumps(own))
-    return content
 
 
 def noise(seed, side=64, mode="RGB"):

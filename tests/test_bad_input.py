@@ -27,13 +27,10 @@ HUGE = "9" * 5000
 CASES = [  # script, its flags, what the line must contain
     # numbers
     ("main_TD.py", "--epochs 0", "--epochs: expected an integer >= 1, got '0'"),
-    ("main_CIL.py", "--epochs many", "--epochs", "'many'"),
     ("main_train.py", TICKET + "--epochs ''", "--epochs", "''"),
-    ("main_CIL.py", "--epochs", "--epochs"),
     ("main_CIL.py", "--epochs=--", "--epochs"),
     ("main_BU.py", "--iter_epochs -3", "--iter_epochs", "'-3'"),
     ("main_TD.py", "--batch_size 7", "--batch_size 7", "at least 8"),
-    ("main_train.py", TICKET + "--batch_size 7", "--batch_size 7"),
     ("main_TD.py", "--lr 0", "--lr: expected a number > 0, got '0'"),
     ("main_CIL.py", "--lr nan", "--lr", "'nan'"),
     ("main_CIL.py", "--decreasing_lr 60,late", "--decreasing_lr", "'late'"),
@@ -55,17 +52,12 @@ CASES = [  # script, its flags, what the line must contain
     # names and lists
     ("main_TD.py", "--prune_scheduler 1", "--prune_scheduler"),
     ("main_TD.py", "--prune_scheduler 1,-1", "--prune_scheduler", "'-1'"),
-    ("main_TD.py", "--percent 0.9 --prune_scheduler 3,3", "no weight is left"),
     ("main_TD.py", "--rewind back", "--rewind", "'back'"),
     ("main_BU.py", "--criterion gradient", "--criterion", "'gradient'"),
     ("main_TD.py", "--arch vgg16", "--arch", "'vgg16'"),
     ("main_CIL.py", "--device tpu", "--device tpu"),
     ("main_CIL.py", "--device cuda:99", "--device cuda:99"),
     ("main_CIL.py", "--gpu 99", "--gpu", "99"),
-    ("main_TD.py", "--dataset mnist", "--dataset", "'mnist'"),
-    ("main_CIL.py", "--class_order random:x", "--class_order", "random:x"),
-    ("main_CIL.py", "--class_order nofile", "--class_order", "nofile"),
-    ("main_CIL.py", "--class_order classes.txt", "classes.txt"),
     ("main_TD.py", "--colour red", "--colour"),
     ("main_CIL.py", "--percent 0.2", "--percent"),
     ("main_TD.py", "--per_class 20", "--per_class", "dataset.py"),
@@ -82,14 +74,11 @@ CASES = [  # script, its flags, what the line must contain
     ("test.py", "--pretrained mask.pt --pruned", "mask.pt", "is a mask file"),
     ("test.py", "--pretrained dense.pt --pruned", "dense.pt", "remove --pruned"),
     ("test.py", "--pretrained pruned.pt", "pruned.pt", "add --pruned"),
-    ("test.py", "--pretrained dense.pt --width 8", "dense.pt", "--width"),
     ("test.py", "--pretrained dense.pt --classifiers 3", "dense.pt", "--classifiers"),
-    ("test.py", "--pretrained dense.pt --arch resnet32", "dense.pt", "--arch"),
     # folders
     ("main_TD.py", "--save_dir file", "file"),
     ("main_CIL.py", "--save_data_path file/data", "file/data"),
     ("main_CIL.py", f"--save_dir {5000 * 'x'}", "xxx"),
-    ("main_train.py", TICKET + "--state 2 --save_dir file", "file"),
     ("test.py", "--pretrained dense.pt --save_dir file", "file"),
     ("main_CIL.py", "--data nowhere", "nowhere"),
     ("dataset.py", "--dataset folder --source nowhere", "nowhere"),
@@ -102,7 +91,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder")
     processes.write_published(folder / "published")
     (folder / "file").write_text("neither a folder nor a checkpoint\n")
-    (folder / "classes.txt").write_text("0\n1\n1\n2\n")
     model = ResNet18(2, 2, width=4)
     save_checkpoint(folder / "dense.pt", {"epoch": 1, "state_dict": model.state_dict()})
     masks = {name: torch.ones_like(each) for name, each in pruning_utils.masks_of(model).items()}
@@ -159,7 +147,6 @@ def test_class_names_that_the_output_cannot_encode(scripts, folder, tmp_path, en
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],

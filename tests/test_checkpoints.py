@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import resource
-import threading
 
 import numpy as np
 import pytest
@@ -173,20 +172,6 @@ def test_a_file_is_flushed_before_it_replaces_the_old_one(tmp_path, monkeypatch)
     assert done == [5, "renamed", 6, "renamed"]
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
-def test_a_failing_writer_leaves_the_old_file_and_no_other(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write(file):
-        file.write(b"new, but")
-        raise error("a reason")
-
-    with pytest.raises(error, match="a reason"):
-        atomic_write(path, write)
-    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
-
-
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), Interrupted(15)])
 def test_an_error_in_torch_save_is_not_hidden_by_that_of_its_archive(tmp_path, error):
     """After the second write fails, the archive is closed, which raises a RuntimeError in turn."""
@@ -201,26 +186,6 @@ def test_an_error_in_torch_save_is_not_hidden_by_that_of_its_archive(tmp_path, e
     with pytest.raises(expected):
         atomic_write(tmp_path / "file", lambda _: torch.save({"a": torch.ones(9)}, File()))
     assert not [*tmp_path.iterdir()]
-
-
-def test_two_writers_of_one_file_do_not_mix(tmp_path):
-    path, barrier = tmp_path / "file", threading.Barrier(2)
-
-    def write(content):
-        def write_slowly(file):
-            for _ in range(100):
-                file.write(content)
-                file.flush()
-                barrier.wait(10)
-
-        atomic_write(path, write_slowly)
-
-    threads = [threading.Thread(target=write, args=[content]) for content in (b"ab", b"c")]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert path.read_bytes() in (100 * b"ab", 100 * b"c") and [*tmp_path.iterdir()] == [path]
 
 
 SAVERS = {

@@ -1,6 +1,5 @@
 """dataset.py: the digits, Data, batches, tasks, class orders, loading, what it shows."""
 
-import hashlib
 import json
 import re
 import subprocess
@@ -11,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import tree, write_published
 from sets import (
     SPLITS,
     bag,
     check_error,
     load,
     parse,
-    tree,
     write_cifar,
     write_folder,
-    write_published,
 )
 
 import dataset
@@ -42,12 +40,6 @@ def digits():
 
 
 # ------------------------------------------------------------------------------ digits
-
-
-def test_the_digits_file_is_as_documented():
-    content = (REPOSITORY / "data" / "digits.npz").read_bytes()
-    text = (REPOSITORY / "data" / "README.md").read_text()
-    assert re.findall(r"\b[0-9a-f]{64}\b", text) == [hashlib.sha256(content).hexdigest()]
 
 
 def test_the_digits_are_all_images_once_and_always_split_alike(digits):
@@ -206,7 +198,7 @@ def test_only_what_is_needed_is_read(folder):
         write_cifar()
         dataset.main(["--data", "set", "--raw", "raw"])
     else:
-        write_published()
+        write_published(Path("published"), side=32)
     whole = load("--data", folder)
     pool = next(path for path in Path(folder).iterdir() if re.search("pool|80m", path.name))
     pool.write_bytes(b"damaged")
@@ -252,15 +244,7 @@ def test_the_command_shows_the_digits(digits):
         assert picture.size == (2 * (8 * 64 + 12), 5 * 84)
     run = subprocess.run([*call[:-1], "mnist"], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert set(tree()) == {"data/digits/preview.png"}
-
-
-@pytest.mark.parametrize("module", ["dataset", "datasets.cifar", "datasets.tiny_imagenet"])
-def test_torchvision_is_not_imported_at_start(module):
-    """It doubles the start time; only reading CIFAR or downloading needs it."""
-    code = f"import sys, {module}; print('torch' in sys.modules, 'torchvision' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
-    assert run.stdout.split() == [b"True", b"False"], run.stderr
+    assert set(tree(".")) == {"data/digits/preview.png"}
 
 
 def test_fewer_exemplars_are_the_first_of_those_drawn():

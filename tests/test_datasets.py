@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image, PngImagePlugin
+from processes import tree, write_published
 from sets import (
     CIFAR10_NAMES,
     FILES,
@@ -29,10 +30,8 @@ from sets import (
     pixels,
     random_images,
     stored,
-    tree,
     write_cifar,
     write_folder,
-    write_published,
     write_tree,
     write_zip,
 )
@@ -502,15 +501,15 @@ def test_of_two_preparations_at_once_the_second_waits(monkeypatch):
 
 
 def test_published_files_are_read_as_they_are():
-    content = write_published()
-    before = tree()
+    content = write_published(Path("published"), side=32)
+    before = tree(".")
     data = load("--data", "published")
     for split, file in zip(SPLITS, FILES):
         found = getattr(data, split)
         assert all(np.array_equal(found[c], content[file][c]) for c in range(10))
     assert np.array_equal(data.pool, content["80m_150k"]["data"])
     dataset.main(["--data", "published"])
-    assert set(tree()) - set(before) == {"published/preview.png"}
+    assert tree(".").keys() - before == {"published/preview.png"}
     for flags in ("--unlabeled pool.npy", "--per_class 10", "--seed 1"):
         call = ["--data", "published", *flags.split()]
         line = check_rejected(lambda call=call: dataset.main(call), flags.split()[0], "published")
@@ -529,14 +528,14 @@ BAD_SPLITS = [
 
 
 def test_bad_published_files():
-    content = write_published()
+    content = write_published(Path("published"), side=32)
     for name in ("train", "80m_150k"):
         path = Path(f"published/cifar10_{name}.pkl")
         for bad in BAD_SPLITS:
             path.unlink() if bad is None else path.write_bytes(pickle.dumps(bad))
             check_rejected(lambda: load("--data", "published"), "published")
         path.write_bytes(pickle.dumps(content[name]))
-    assert len(load("--data", "published").pool) == 9 and not Path("done").exists()
+    assert len(load("--data", "published").pool) == 30 and not Path("done").exists()
 
 
 # ------------------------------------------------------------------------------ prepared files

@@ -216,16 +216,10 @@ CASES = [
     ("soft/task1_img.npy", header("'<f4'", "(1000000000000000, 3, 12, 12)")),
     ("soft/task1_img.npy", header("'|O'", "(1,)")),
     ("soft/task1_img.npy", header("(", "(")),
-    ("soft/task1_img.npy", array(lambda images: images.transpose(0, 2, 3, 1))),
-    ("soft/task1_img.npy", array(lambda images: images.astype(np.int64))),
     ("soft/task1_dis_label.npy", gone),
-    ("soft/task1_dis_label.npy", array(lambda labels: labels[:4])),
-    ("soft/task1_dis_label.npy", array(lambda labels: labels[:, :1])),
-    ("soft/task1_dis_label.npy", array(lambda labels: labels + np.float32(np.nan))),
     *(("published/cifar10_train.pkl", each) for each in (cut, text, hostile, hostile_eval)),
     ("published/cifar10_train.pkl", hostile_objects),
     ("published/cifar10_train.pkl", pickled(of_bytes)),
-    ("published/cifar10_train.pkl", pickled(lambda classes: {**classes, 9: np.array([None])})),
     ("published/cifar10_80m_150k.pkl", gone),
     ("published/cifar10_80m_150k.pkl", pickled(lambda pool: {"label": pool["label"]})),
     ("published/cifar10_80m_150k.pkl", pickled(lambda pool: {"data": pool["data"] / 255})),
@@ -260,10 +254,3 @@ def test_the_intact_files_are_accepted(scripts, intact, tmp_path, name):
     command = INPUTS[name].replace("--save_dir run", "--save_dir new" if "pkl" in name else "")
     ended = scripts.run(command if name != "run/run.json" else CIL, folder)
     assert (ended.status, ended.err) == (0, ""), ended
-
-
-@pytest.mark.parametrize("damage", [hostile, hostile_eval, hostile_objects])
-def test_the_hostile_pickles_are_harmful_where_they_are_loaded_freely(tmp_path, damage):
-    marker = tmp_path / "marker"
-    pickle.loads(damage(SimpleNamespace(intact=b"", marker=marker)))
-    assert marker.exists()

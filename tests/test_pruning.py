@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from reference import random_masks
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -35,14 +36,6 @@ def shake(*models, seed):
         for weight in pruning_utils.weights(model).values():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
             weight.add_(noise.to(weight.device) * weight.std())
-
-
-def random_masks(model, seed, share=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.rand(weight.shape, generator=generator) < share).float()
-        for name, weight in pruning_utils.weights(model).items()
-    }
 
 
 def same(a, b):

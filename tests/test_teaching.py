@@ -1,7 +1,6 @@
 """Lottery teaching against docs/METHOD.md section 5: the query, its files, reading them back."""
 
 import copy
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -191,8 +190,6 @@ BAD = [
     ("img", zeros(7, 3, 16, 16, dtype=np.int64)),
     ("img", np.full((7, 3, 16, 16), np.nan, np.float32)),
     ("dis_label", None),
-    ("dis_label", pickle.dumps([1, 2])),
-    ("dis_label", np.array([{"row": i} for i in range(7)], dtype=object)),
     ("dis_label", zeros(6, 4)),  # too few rows
     ("dis_label_main", zeros(7, 2)),  # columns are missing: of the task before
     ("dis_label_main", zeros(7, 3)),

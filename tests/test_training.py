@@ -31,14 +31,6 @@ def make_pair(classifiers=5, arch="resnet18", device=CPU):
     return model.train(), copy.deepcopy(model).train()
 
 
-def random_masks(model):
-    generator = torch.Generator().manual_seed(2)
-    return {
-        name: (torch.rand(weight.shape, generator=generator) < 0.6).float()
-        for name, weight in pruning_utils.weights(model).items()
-    }
-
-
 def images(n, generator):
     return torch.randn(n, 3, 16, 16, generator=generator, dtype=torch.float64)
 
@@ -120,8 +112,8 @@ def test_steps_equal_those_of_separate_passes(args, device, k, sub, sizes, arch,
     # made before the masks, as in main_TD: the parameters must stay the same objects
     optimizer = trainer.make_optimizer(ours, args, LR)
     if masked:
-        reference.apply_masks(plain, random_masks(plain))
-        pruning_utils.apply_mask(ours, random_masks(ours))
+        reference.apply_masks(plain, reference.random_masks(plain, 2))
+        pruning_utils.apply_mask(ours, reference.random_masks(ours, 2))
     plain_optimizer = plain_sgd(plain)
     for seed, size in enumerate(sizes):
         if k == 1:
@@ -343,7 +335,7 @@ def test_retraining_has_a_constant_lr_and_keeps_the_last_epoch(
 
 def test_with_0_epochs_of_retraining_the_model_is_measured_as_it_is(setting, args, run, data):
     args.iter_epochs, (model, task) = 0, setting
-    pruning_utils.apply_mask(model, random_masks(model))
+    pruning_utils.apply_mask(model, reference.random_masks(model, 2))
     before = pruning_utils.clone_state(model)
     accuracy = trainer.evaluate(model, data.test, 2, data, 9)["overall"]
     for _ in range(2):  # the second time it is done already
