@@ -219,8 +219,7 @@ def make_parser():
     flag("--unlabeled", type=path, nargs="+", metavar="PATH", help=message)
     message = "a smaller dataset: at most N training and N test images of each class"
     flag("--per_class", type=int_range(10), metavar="N", help=message)
-    message = "a smaller pool: N images, chosen at random"
-    flag("--pool_size", type=int_range(1), metavar="N", help=message)
+    flag("--pool_size", type=int_range(1), metavar="N", help="a smaller pool: N images at random")
     flag("--seed", type=int_range(0), metavar="N", help="of all random choices (default 0)")
     return parser
 

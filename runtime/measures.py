@@ -3,6 +3,8 @@
 matrix: row t holds a_{t,1}, .., a_{t,t}, the test accuracies of tasks 1..t after task t (percent).
 """
 
+from statistics import mean
+
 DEFINITIONS = {
     "last accuracy": "the mean over i of a_{T,i}, after the last task T",
     "average incremental accuracy (AIA)": "the mean over t of the mean over i <= t of a_{t,i} "
@@ -17,10 +19,6 @@ DEFINITIONS = {
     "T; without bias it is that task's share of them, 100 / T for tasks of equal size. It shows "
     "task-recency bias, which Masana et al. (2022) describe",
 }
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def average_incremental_accuracy(matrix):

@@ -55,13 +55,8 @@ def draw(out, states, epochs, confusions):
     # whatever the user's matplotlibrc says, and without warnings of glyphs that the font lacks
     with matplotlib.style.context(["default", OPTIONS]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figures = {
-            "accuracy": accuracy(states),
-            "controls": controls(states),
-            "curves": curves(epochs),
-            "confusion": confusion(confusions),
-        }
-        figures = {name: figure for name, figure in figures.items() if figure}
+        drawn = accuracy(states), controls(states), curves(epochs), confusion(confusions)
+        figures = {name: figure for name, figure in zip(CAPTIONS, drawn) if figure}
         for name, figure in figures.items():
             figure.suptitle(f"{CAPTIONS[name]}\n{title(states)}", fontsize=10)
             atomic_write(out / f"{name}.png", figure.savefig)

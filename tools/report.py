@@ -122,9 +122,9 @@ def state_rows(record, states):
         ticket = density if state > tasks else row.get("ticket_density")
         if "cost" in row:  # of the ticket found after the test, if there is one
             macs[density if ticket is None else ticket] = row["cost"]["macs_percent"]
-        common = ("control", "dataset", "arch", "width")
-        found = {"script": record["script"]} | {name: config.get(name) for name in common}
-        found |= {
+        found = {
+            "script": record["script"],
+            **{name: config.get(name) for name in ("control", "dataset", "arch", "width")},
             "seed": int(config["seed"]),
             "folder": one_line(record["path"].parent),
             "state": state,
@@ -388,8 +388,7 @@ def write_report(out, records):
 def main(argv=None):
     parser = Parser(__doc__, "python -m tools.report")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --save_dir of a run")
-    message = "where to write tables and figures (default %(default)s)"
-    parser.add_argument("--out", default="report", metavar="DIR", help=message)
+    parser.add_argument("--out", default="report", metavar="DIR", help="default report")
     args = parser.parse_args(argv)
     folders = {os.path.realpath(folder): folder for folder in args.runs}  # each one once
     records = [record for folder in folders.values() for record in read_folder(folder)]

@@ -152,12 +152,10 @@ def parse(argv):
     parser = Parser(__doc__, "python -m tools.reproduce")
     flag = parser.add_argument
     flag("--size", choices=SIZES, default="small", help=f"see above {DEFAULT}")
-    message = "seeds to run (default 0,1,2)"
-    flag("--seeds", type=int_list, default=[0, 1, 2], metavar="S,S", help=message)
+    flag("--seeds", type=int_list, default=[0, 1, 2], metavar="S,S", help="default 0,1,2")
     message = "folder of all runs (default reproduce, reproduce_medium and so on)"
     flag("--out", type=path, metavar="DIR", help=message)
-    message = "prepared dataset (default DIR/data, prepared if it is not there)"
-    flag("--data", type=path, metavar="DIR", help=message)
+    flag("--data", type=path, metavar="DIR", help="dataset (default DIR/data, prepared if missing)")
     message = "more flags of every run, such as --flags='--precision bf16'"
     flag("--flags", type=shlex.split, default=[], metavar="FLAGS", help=message)
     message = "parallel runs (default: one per core for small and rehearsal; for --chain 1)"
@@ -166,8 +164,7 @@ def parse(argv):
     flag = flag.add_argument
     flag("--prepare", action="store_true", help="prepare the dataset")
     flag("--chain", type=int_range(0), metavar="I", help="run chain I, on the prepared dataset")
-    message = "print a line for each run: chain, name, need, command; separated by tabs"
-    flag("--list", action="store_true", help=message)
+    flag("--list", action="store_true", help="print chain, name, need and command of each run")
     flag("--status", action="store_true", help="print how far each run is, and the time left")
     flag("--report", action="store_true", help="copy and compare the records so far")
     args = parser.parse_args(argv)
