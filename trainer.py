@@ -198,7 +198,7 @@ def train_epoch(model, optimizer, task, args, plan, epoch):
             terms = {"loss": loss.detach(), **terms}
             sums = sums + torch.stack([*terms.values()])
             images += len(batch[0]) if task.t == 1 else sum(map(len, batch.sub_batches()))
-            if not bar.disable and step % args.print_freq == 0:
+            if not bar.disable and (step - 1) % args.print_freq == 0:
                 bar.set_postfix(loss=float(sums[0]) / step)
     return {name: total / number for name, total in zip(terms, sums.tolist())}, images
 
