@@ -85,7 +85,7 @@ class Run:
 
     def path(self, name):
         """Where the file of this name is."""
-        folder, slash, file = name.rpartition("/")
+        _, slash, file = name.rpartition("/")
         return Path(self.args.save_data_path if slash else self.folder) / file
 
     def open_journal(self, script, inputs):

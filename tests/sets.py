@@ -1,6 +1,7 @@
 """Small datasets in their real formats, and what tests of datasets check alike."""
 
 import io
+import os
 import pickle
 import zipfile
 from argparse import Namespace
@@ -78,6 +79,13 @@ def stored(folder):
 # ------------------------------------------------------------------------------ sources
 
 
+class Hostile:
+    """Makes a folder `done` when it is unpickled freely."""
+
+    def __reduce__(self):
+        return os.mkdir, ("done",)
+
+
 def random_images(n, seed, side=32):
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
@@ -89,9 +97,9 @@ def write_batch(path, images, labels, key):
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
-def write_cifar(raw="raw", train=20, tests=10):
-    """The official files of both sets; returns CIFAR-10's {split: {class: images}} and the pool."""
-    folder = Path(raw, "cifar-10-batches-py")
+def write_cifar(train=20, tests=10):
+    """Both official sets, in raw/; returns CIFAR-10's {split: {class: images}} and the pool."""
+    folder = Path("raw/cifar-10-batches-py")
     labels = {"train": [*range(10)] * train, "test": [*range(10)] * tests}
     images = {split: random_images(len(own), len(own)) for split, own in labels.items()}
     for i in range(5):
@@ -100,7 +108,7 @@ def write_cifar(raw="raw", train=20, tests=10):
         write_batch(folder / name, images["train"][part], labels["train"][part], "labels")
     write_batch(folder / "test_batch", images["test"], labels["test"], "labels")
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10_NAMES}))
-    folder, pool = Path(raw, "cifar-100-python"), random_images(40, 77)
+    folder, pool = Path("raw/cifar-100-python"), random_images(40, 77)
     write_batch(folder / "train", pool, [*range(20)] * 2, "fine_labels")
     write_batch(folder / "test", pool[:3], [0, 1, 2], "fine_labels")
     names = {"fine_label_names": [f"fine{c}" for c in range(100)]}

@@ -121,7 +121,7 @@ def test_a_bad_command_line_is_an_error_of_one_line(scripts, folder, script, fla
         ("test.py", "--pretrained pruned.pt --pruned --save_dir {}/test"),
     ],
 )
-def test_good_command_lines_are_accepted(scripts, folder, tmp_path, monkeypatch, script, flags):
+def test_good_command_lines_are_accepted(scripts, folder, tmp_path, script, flags):
     """Otherwise a case above could fail for another reason than its own; ~ is expanded."""
     argv = [*shlex.split(BASE[script]), *flags.replace("~", str(tmp_path)).format(tmp_path).split()]
     ended = scripts.run([script, *argv], folder)

@@ -172,7 +172,18 @@ def test_a_file_is_flushed_before_it_replaces_the_old_one(tmp_path, monkeypatch)
     assert done == [5, "renamed", 6, "renamed"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), Interrupted(15)])
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+
+    def write(file):
+        file.write(b"a")
+        save_text(path, "bb")  # another, in between
+
+    atomic_write(path, write)
+    assert path.read_bytes() == b"a" and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), Interrupted(15), RuntimeError()])
 def test_an_error_in_torch_save_is_not_hidden_by_that_of_its_archive(tmp_path, error):
     """After the second write fails, the archive is closed, which raises a RuntimeError in turn."""
 
@@ -182,7 +193,7 @@ def test_an_error_in_torch_save_is_not_hidden_by_that_of_its_archive(tmp_path, e
                 raise error
             return super().write(content)
 
-    expected = UserError if isinstance(error, OSError) else Interrupted
+    expected = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         atomic_write(tmp_path / "file", lambda _: torch.save({"a": torch.ones(9)}, File()))
     assert not [*tmp_path.iterdir()]

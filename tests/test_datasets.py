@@ -21,6 +21,7 @@ from sets import (
     CIFAR10_NAMES,
     FILES,
     SPLITS,
+    Hostile,
     bag,
     check_error,
     check_rejected,
@@ -55,11 +56,6 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("done",)
 
 
 # ------------------------------------------------------------------------------ CIFAR

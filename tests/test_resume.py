@@ -197,7 +197,7 @@ def test_other_settings_are_named_and_nothing_is_touched(
     assert processes.tree(finished / "run") == before
 
 
-def test_other_images_are_named(scripts, commands, reference, finished, tmp_path):
+def test_other_images_are_named(scripts, commands, finished, tmp_path):
     data = shutil.copytree(commands["CIL"][commands["CIL"].index("--data") + 1], tmp_path / "set")
     argv = [*commands["CIL"], "--data", data]
     assert scripts.run(argv, finished).status == 0  # the same images elsewhere
@@ -208,7 +208,7 @@ def test_other_images_are_named(scripts, commands, reference, finished, tmp_path
 
 
 def test_flags_that_change_no_result_may_differ_and_the_folder_may_move(
-    scripts, commands, reference, finished
+    scripts, commands, finished
 ):
     moved = (finished / "run").rename(finished / "moved")
     before = [path.stat().st_mtime_ns for path in moved.glob("*.pt")]

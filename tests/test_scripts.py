@@ -92,9 +92,9 @@ def seen(monkeypatch):
     return seen
 
 
-def training(stream, t, kinds=("random", "new", "old", "unlabeled"), epochs=2):
+def training(stream, t, epochs=2):
     """What the draws of a training stage of task t derive from, besides the seed."""
-    kinds = ("random",) if t == 1 else kinds
+    kinds = ("random",) if t == 1 else ("random", "new", "old", "unlabeled")
     return {(stream, epoch, kind) for epoch in range(1, epochs + 1) for kind in kinds}
 
 

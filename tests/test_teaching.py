@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from sets import check_error
 
 import dataset
 import teaching
 import trainer
-from runtime.errors import UserError
 
 ORDER = [3, 1, 5, 0, 2, 4]  # the class order of the fixture `data`
 FILES = ("select_index", "img", "dis_label", "dis_label_main")
@@ -159,10 +159,8 @@ def store(args, k=2, n=7, **changes):
         path = folder / f"task{k}_{name}.npy"
         if array is None:
             path.unlink(missing_ok=True)
-        elif isinstance(array, bytes):
-            path.write_bytes(array)
         else:
-            np.save(path, array, allow_pickle=True)
+            np.save(path, array)
     return content
 
 
@@ -185,7 +183,7 @@ def zeros(*shape, dtype=np.float32):
 
 
 BAD = [
-    *(("img", x) for x in (None, b"", zeros(7, 16, 16, 3, dtype=np.uint8), zeros(7, 3, 16, 8))),
+    *(("img", x) for x in (None, zeros(7, 16, 16, 3, dtype=np.uint8), zeros(7, 3, 16, 8))),
     ("img", zeros(0, 3, 16, 16, dtype=np.uint8)),
     ("img", zeros(7, 3, 16, 16, dtype=np.int64)),
     ("img", np.full((7, 3, 16, 16), np.nan, np.float32)),
@@ -205,6 +203,4 @@ def test_a_file_that_does_not_fit_is_an_error_that_names_it(args, data, name, co
     store(args)
     teaching.load_logits(data, args, 3)  # these fit
     store(args, **{name: content})
-    with pytest.raises(UserError, match=f"task2_{name}.npy") as error:
-        teaching.load_logits(data, args, 3)
-    assert len(str(error.value).splitlines()) == 1
+    check_error(lambda: teaching.load_logits(data, args, 3), f"task2_{name}.npy")

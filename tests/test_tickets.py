@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sets import check_error
+from reference import random_masks
+from sets import Hostile, check_error
 
 import main_TD
 import pruning_utils
 import test as test_script
 from models import BACKBONES
 from runtime import packed
-from runtime.checkpoint import save_checkpoint
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.files import file_checksum
 from tools import tickets
 
@@ -50,9 +51,7 @@ def network(arch="resnet18", width=4, share=0.2):
         if "bn" in name and values.is_floating_point():
             values.uniform_(0.5, 1.5)
     if share < 1:
-        weights = pruning_utils.weights(model)
-        masks = {name: (torch.rand(w.shape) < share).float() for name, w in weights.items()}
-        pruning_utils.apply_mask(model, masks)
+        pruning_utils.apply_mask(model, random_masks(model, 0, share))
     return model.eval()
 
 
@@ -134,13 +133,6 @@ def rewrite_bytes(change):
     Path("bad.npz").write_bytes(change(bytearray(Path("ticket.npz").read_bytes())))
 
 
-class Payload:
-    """Leaves a file behind when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("unpickled",)
-
-
 WEIGHT, MASK, BIAS = "conv1.weight_orig", "conv1.weight_mask", "layer1.0.bn1.bias"
 BAD = {
     "no file": (lambda: None, "cannot be read"),
@@ -150,7 +142,7 @@ BAD = {
     "bzip2": (lambda: rewrite(zipfile.ZIP_BZIP2), "is not deflated"),
     "lzma": (lambda: rewrite(zipfile.ZIP_LZMA), "is not deflated"),
     "bomb": (lambda: rewrite(**{BIAS: np.zeros(10**7)}), "unpacks to"),
-    "pickle": (lambda: rewrite(**{BIAS: np.array([Payload()], object)}), "pickle"),
+    "pickle": (lambda: rewrite(**{BIAS: np.array([Hostile()], object)}), "pickle"),
     "no mask": (lambda: rewrite(**{MASK: None}), "conv1.weight"),
     "no weights": (lambda: rewrite(**{WEIGHT: None}), WEIGHT),
     "no bias": (lambda: rewrite(**{BIAS: None}), BIAS),
@@ -177,7 +169,7 @@ def test_damaged_and_foreign_files(case, ticket):
     damage, message = BAD[case]
     damage()
     check_error(lambda: packed.read("bad.npz"), "bad.npz: ", message)
-    assert not Path("unpickled").exists()
+    assert not Path("done").exists()
 
 
 def test_what_is_a_packed_file(ticket):
@@ -207,7 +199,7 @@ def test_a_run_s_ticket():
     path, row = "TD/task2_best_model.pt", results["states"][-1]
     header = run(f"pack {path} --out ticket.npz")
     assert header["density"] == row["density"]
-    assert header["args"]["class_order"] == results["class_order"]
+    assert header["args"] == load_checkpoint(path)["args"]
     tests = [f"--pretrained {name} --pruned --device cpu" for name in (path, "ticket.npz")]
     one, other = (test_script.main(argv.split())["states"][0] for argv in tests)
     for key in ("accuracy", "task_aware", "density", "layer_density", "cost"):

@@ -156,9 +156,9 @@ def numbers_of(batch, data):
     return ((batch[0] * data.std + data.mean) * 255).round().amax((1, 2, 3)).long().tolist()
 
 
-def epoch_of(task, args, stream="task3", epoch=1):
+def epoch_of(task, args, epoch=1):
     """The batches of an epoch as a list."""
-    batches, number = trainer.make_batches(task, args, stream, epoch)
+    batches, number = trainer.make_batches(task, args, "task3", epoch)
     batches = list(batches)
     assert len(batches) == number
     return batches

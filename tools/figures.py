@@ -56,7 +56,7 @@ def draw(out, states, epochs, confusions):
     with matplotlib.style.context(["default", OPTIONS]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         drawn = accuracy(states), controls(states), curves(epochs), confusion(confusions)
-        figures = {name: figure for name, figure in zip(CAPTIONS, drawn) if figure}
+        figures = {name: figure for name, figure in zip(CAPTIONS, drawn, strict=True) if figure}
         for name, figure in figures.items():
             figure.suptitle(f"{CAPTIONS[name]}\n{title(states)}", fontsize=10)
             atomic_write(out / f"{name}.png", figure.savefig)

@@ -345,11 +345,6 @@ def as_markdown(cells):
 # ------------------------------------------------------------------------------ the report
 
 
-def encode(path):
-    """A file in base64, as text."""
-    return base64.b64encode(path.read_bytes()).decode()
-
-
 def write_report(out, records):
     """Write all files to the folder `out`. Returns the tables as Markdown."""
     states, tables, text = state_frame([*dense_networks(records), *records]), {}, ""
@@ -368,10 +363,11 @@ def write_report(out, records):
     results = states.loc[:, :"seconds"].explode(["task", "accuracy", "task_aware"])
     save_text(out / "results.csv", results.to_csv(index=False, lineterminator="\n"))
     drawn = figures.draw(out, shown, epochs, confusions)
+    pictures = {name: (out / f"{name}.png").read_bytes() for name in drawn}
     page = {
         "title": figures.title(states),
         "tables": tables,
-        "pictures": {name: encode(out / f"{name}.png") for name in drawn},
+        "pictures": {name: base64.b64encode(png).decode() for name, png in pictures.items()},
         "captions": figures.CAPTIONS,
         "definitions": measures.DEFINITIONS,
     }
