@@ -319,7 +319,7 @@ def test_the_code_in_docs_runs(capsys):
     pytest.importorskip("onnxruntime")
     for name in ("hubconf.py", "pretrained"):
         Path(name).symlink_to(ROOT / name)
-    Path("ticket.npz").symlink_to(ROOT / "pretrained/BU_ticket.npz")
+    Path("ticket.npz").symlink_to(ROOT / "pretrained/TD_ticket.npz")
     run("export ticket.npz --out model.onnx")
     images = random_images(4, 32)
     batch = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 9])
