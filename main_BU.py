@@ -49,11 +49,7 @@ def parse(argv):
 
 
 def pruning_rounds(model, task, args, kept=None):
-    """Up to --max_iter_prun prunings, each of the masks and weights that the one before has left.
-
-    Yields the masks, to be retrained by the caller, and their sparsity in percent. kept: masks of
-    weights that stay in any case.
-    """
+    """Up to --max_iter_prun masks, each pruned further outside `kept`, and their sparsity (%)."""
     masks = pruning_utils.masks_of(model)
     for number in range(1, args.max_iter_prun + 1):
         stream = utils.BOTTOM_UP.format(task.t, number)
@@ -69,21 +65,16 @@ def find_ticket(model, task, run, dense_accuracy):
     when no round is within the limits.
     """
     args, masks, state, rounds = run.args, None, None, []
-    limits = f"a drop of --deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
     may_start = args.deacc > 0 or args.base_sparsity > 0  # published: no drop, no sparsity yet
     for pruned, sparsity in pruning_rounds(model, task, args) if may_start else ():
         drop = retrain_round(model, task, run, dense_accuracy, pruned, rounds)
         if drop >= args.deacc and sparsity >= args.base_sparsity:
             break
         masks, state = pruned, pruning_utils.clone_state(model)
-    else:
-        limits = f"--max_iter_prun {args.max_iter_prun}"
     if masks is None:
-        raise UserError(
-            f"--percent {args.percent:g}, --deacc {args.deacc:g}: no pruning is within these "
-            f"limits, so there is no ticket; choose a smaller --percent or a larger --deacc"
-        )
-    run.log(f"task 1: the search ended at {limits}")
+        limits = f"--percent {args.percent:g}, --deacc {args.deacc:g}"
+        advice = "choose a smaller --percent or a larger --deacc"
+        raise UserError(f"{limits}: no pruning is within these limits, so no ticket; {advice}")
     return masks, state, rounds
 
 
@@ -92,8 +83,7 @@ def regrow(model, task, run, dense_accuracy, current):
 
     model: task t's dense best model. Returns as find_ticket; the masks hold all of `current`.
     """
-    args, masks, rounds, drop = run.args, None, [], 0
-    limits = f"a drop of --deacc {args.deacc:g} past --base_sparsity {args.base_sparsity:g}"
+    args, masks, state, rounds, drop = run.args, None, None, [], 0
     for pruned, sparsity in pruning_rounds(model, task, args, current):
         if masks is None:  # it counts even if it is one too many, but then it is not retrained
             pruning_utils.apply_mask(model, pruned)
@@ -104,29 +94,23 @@ def regrow(model, task, run, dense_accuracy, current):
         if drop > args.deacc and sparsity > args.base_sparsity:
             break
         masks, state = pruned, pruning_utils.clone_state(model)
-    else:
-        limits = f"--max_iter_prun {args.max_iter_prun}"
-    run.log(f"task {task.t}: the search ended at {limits}")
     return masks, state, rounds
 
 
 def retrain_round(model, task, run, dense_accuracy, masks, rounds):
     """Retrain under masks, with a new optimizer; add the round to `rounds`, return the drop.
 
-    The model continues from where it is. The drop is what is lost of `dense_accuracy` (percent)
-    on the --select_on images of all classes so far, at the round's best epoch.
+    The drop is what is lost of `dense_accuracy` (percent) on the --select_on images of all classes
+    so far, at the round's best epoch. The model goes on from the last one.
     """
     pruning_utils.apply_mask(model, masks)
-    t, number = task.t, len(rounds) + 1
+    t, number, images = task.t, len(rounds) + 1, getattr(task.data, run.args.select_on)
     stage, stream = f"task{t}_round{number}", utils.BOTTOM_UP.format(t, number)
-    images = getattr(task.data, run.args.select_on)
     accuracy = trainer.retrain(model, task, run, stage, stream, images).best
     drop = round(dense_accuracy - accuracy, 9)  # so that one of 1 point equals 1
     rounds.append({"density": pruning_utils.density(masks), "accuracy": accuracy, "decay": drop})
-    run.log(
-        f"task {t}: pruning {number}, {pruning_utils.describe(masks)}, accuracy {accuracy:.2f} %, "
-        f"drop {drop:.2f}"
-    )
+    left = pruning_utils.describe(masks)
+    run.log(f"task {t}: pruning {number}, {left}, accuracy {accuracy:.2f} %, drop {drop:.2f}")
     return drop
 
 
@@ -135,100 +119,78 @@ def keep_or_regrow(model, task, run, dense, masked, current):
 
     dense, masked: the two models of task t, evaluated on the --select_on images.
     """
-    dense_mean, masked_mean = (sum(each["accuracy"]) / task.t for each in (dense, masked))
-    cost = round(dense_mean - masked_mean, 9)
+    cost = round((sum(dense["accuracy"]) - sum(masked["accuracy"])) / task.t, 9)
     keep = cost < run.args.accept_decay
     verb = "stays" if keep else "re-grows"
     run.log(f"task {task.t}: the mask costs {cost:.2f} points, so it {verb}")
     return (current, None, []) if keep else regrow(model, task, run, dense["overall"], current)
 
 
-def evaluate(model, task, run, name):
-    """A model of task t, evaluated on the test images, and on the --select_on images."""
+def next_ticket(find, model, task, run, *more):
+    """What find() finds, saved. Returns the masks, and a dict of regrown and rounds."""
+    t, most = task.t, run.args.max_iter_prun
+    stage, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
+    if not run.done(stage):
+        masks, state, rounds = find(model, task, run, *more)
+        files = {mask: pruning_utils.mask_state(masks)} | ({weight: state} if state else {})
+        for name, content in [*files.items(), ("current_mask.pt", files[mask])]:
+            run.save_checkpoint(name, content, t)
+        run.finish(stage, *files, regrown=bool(state) and t > 1, rounds=rounds)
+        searched = f", after {len(rounds)} of at most {most} rounds" * bool(rounds)
+        run.log(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} %{searched}")
+    run.discard(f"task{t}_round")
+    return pruning_utils.extract_mask(run.load_weights(mask)), run.result(stage)
+
+
+def evaluate(model, state, task, run, name):
+    """A state of task t, put into the model, on the test and on the --select_on images."""
+    pruning_utils.load_state(model, state)
     splits = ("test", run.args.select_on)
     return [trainer.evaluate_tasks(model, task, run, f"task{task.t}_{name}", s) for s in splits]
 
 
-def find_or_load_ticket(run, t, find, *arguments):
-    """Save what find(*arguments) finds. Returns the masks, and a dict of regrown and rounds."""
-    stage, mask, weight = f"task{t}_ticket", f"mask-{t}.pt", f"task{t}_prune_weight.pt"
-    if not run.done(stage):
-        masks, state, rounds = find(*arguments)
-        run.save_checkpoint(mask, pruning_utils.mask_state(masks), t)
-        if state:
-            run.save_checkpoint(weight, state, t)
-        files = [mask, weight] if state else [mask]
-        run.finish(stage, *files, regrown=bool(state) and t > 1, rounds=rounds)
-        run.log(f"task {t}: the ticket has {pruning_utils.density(masks):.2f} % of the weights")
-    run.discard(f"task{t}_round")
-    masks = pruning_utils.extract_mask(run.load_weights(mask))
-    if not run.result(f"task{t + 1}_ticket"):  # the newest
-        run.save_checkpoint("current_mask.pt", pruning_utils.mask_state(masks), t)
-    return masks, run.result(stage)
+def train_dense(model, task, run):
+    """Train task t dense, test its best model and teach with it.
 
-
-def first_task(model, run):
-    """Task 1: dense, then its ticket. Returns the dense best state and the ticket's masks."""
-    args, data = run.args, run.data
-    task = teaching.build_task(data, args, 1)
-    trained = trainer.train_task(model, task, run, "task1", utils.TASK.format(1))
-    pruning_utils.load_state(model, trained.best_state)
-    dense, selected = evaluate(model, task, run, "dense")
-    if args.classifiers > 1:
-        teaching.teach(model, data, run, 1)
-    find = find_ticket, model, task, run, selected["overall"]
-    masks, found = find_or_load_ticket(run, 1, *find)
-    pruning_utils.load_state(model, run.load_weights("task1_prune_weight.pt"))
-    run.add(
-        1,
-        trainer.evaluate_tasks(model, task, run, "task1_ticket"),
-        **pruning_utils.ticket_record(masks, args, data, pruning_utils.density(masks)),
-        dense_accuracy=dense["accuracy"],
-        dense_training=trainer.summary(trained),
-        rounds=found["rounds"],
-    )
-    return trained.best_state, masks
-
-
-def next_task(model, t, run, start, current):
-    """Task t > 1, from the dense best state of task t-1: dense, then under the current mask.
-
-    Returns the dense best state and the masks of the next ticket.
+    Returns its state, its accuracies on the --select_on images, and what a record says of it.
     """
-    args, data = run.args, run.data
-    task = teaching.build_task(data, args, t)
-    pruning_utils.load_state(model, start)
-    trained = trainer.train_task(model, task, run, f"task{t}", utils.TASK.format(t))
-    pruning_utils.load_state(model, start, current)
-    stream, best_model = utils.TASK_UNDER_MASK.format(t), f"task{t}_best_prun_model.pt"
-    masked = trainer.train_task(model, task, run, f"task{t}_prun", stream, best_model)
-    pruning_utils.load_state(model, trained.best_state)
-    dense_tested, dense_selected = evaluate(model, task, run, "dense")
-    pruning_utils.load_state(model, masked.best_state)
-    tested, selected = evaluate(model, task, run, "prun")
-    pruning_utils.load_state(model, trained.best_state)
-    if t < args.classifiers:
-        teaching.teach(model, data, run, t)
-    find = keep_or_regrow, model, task, run, dense_selected, selected, current
-    masks, found = find_or_load_ticket(run, t, *find)
-    run.add(
-        t,
-        tested,
-        **pruning_utils.ticket_record(masks, args, data, pruning_utils.density(current)),
-        dense_accuracy=dense_tested["accuracy"],
-        training=trainer.summary(masked),
-        dense_training=trainer.summary(trained),
-        **found,
-    )
-    return trained.best_state, masks
+    trained = trainer.train_task(model, task, run, f"task{task.t}", utils.TASK.format(task.t))
+    tested, selected = evaluate(model, trained.best_state, task, run, "dense")
+    if task.t < run.args.classifiers:
+        teaching.teach(model, task.data, run, task.t)
+    record = {"dense_accuracy": tested["accuracy"], "dense_training": trainer.summary(trained)}
+    return trained.best_state, selected, record
 
 
 def main(argv=None):
     args = parse(argv)
     model, run = trainer.start_run("main_BU", args)
-    dense, masks = first_task(model, run)
+    data = run.data
+
+    # task 1: dense, then the ticket
+    task = teaching.build_task(data, args, 1)
+    dense, selected, record = train_dense(model, task, run)
+    masks, found = next_ticket(find_ticket, model, task, run, selected["overall"])
+    pruning_utils.load_state(model, run.load_weights("task1_prune_weight.pt"))
+    tested = trainer.evaluate_tasks(model, task, run, "task1_ticket")
+    described = pruning_utils.ticket_record(masks, args, data, pruning_utils.density(masks))
+    run.add(1, tested, **described, **record, rounds=found["rounds"])
+
     for t in range(2, args.classifiers + 1):
-        dense, masks = next_task(model, t, run, dense, masks)
+        # 1. train dense, from the dense best model of the task before
+        task, start, current = teaching.build_task(data, args, t), dense, masks
+        pruning_utils.load_state(model, start)
+        dense, selected, record = train_dense(model, task, run)
+        # 2. once more under the ticket
+        pruning_utils.load_state(model, start, current)
+        stream, best_model = utils.TASK_UNDER_MASK.format(t), f"task{t}_best_prun_model.pt"
+        trained = trainer.train_task(model, task, run, f"task{t}_prun", stream, best_model)
+        tested, masked = evaluate(model, trained.best_state, task, run, "prun")
+        # 3. keep the ticket, or re-grow it from the dense best model
+        pruning_utils.load_state(model, dense)
+        masks, found = next_ticket(keep_or_regrow, model, task, run, selected, masked, current)
+        described = pruning_utils.ticket_record(masks, args, data, pruning_utils.density(current))
+        run.add(t, tested, **described, **record, training=trainer.summary(trained), **found)
     return run.close([row["accuracy"] for row in run.results["states"]])
 
 

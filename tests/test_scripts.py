@@ -337,6 +337,7 @@ def test_a_ticket_is_retrained_and_tested(tmp_path, seen, capsys):
     dense, masked = (stages[f"task2_{n}_evaluated_on_val"]["result"] for n in ("dense", "prun"))
     cost = sum(dense["accuracy"]) / 2 - sum(masked["accuracy"]) / 2
     assert f"the mask costs {cost:.2f} points, so it re-grows" in printed
+    assert printed.count("%, after 1 of at most 1 rounds") == 2  # which limit ended the searches
     first = stages["task1_dense_evaluated_on_val"]["result"]
     for row, found in zip(rows, (first, dense)):
         (round_,) = row["rounds"]
