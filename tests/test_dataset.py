@@ -57,11 +57,8 @@ def test_the_digits_are_all_images_once_and_always_split_alike(digits):
         "d35083522f098acfd2bcb51ad47a04cc4f8b5881bda2c709a2aba1751a35d857"
     )
     pixels = np.concatenate([np.asarray(images) for images in digits.train.values()]) / 255
-    for recorded, found in (
-        (digits.mean, pixels.mean((0, 1, 2))),
-        (digits.std, pixels.std((0, 1, 2))),
-    ):
-        assert recorded.flatten().numpy() == pytest.approx(found, abs=1e-4)
+    assert digits.mean.flatten().numpy() == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-4)
+    assert digits.std.flatten().numpy() == pytest.approx(pixels.std((0, 1, 2)), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------ Data

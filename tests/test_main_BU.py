@@ -26,8 +26,7 @@ def model(args):
 def search(model, monkeypatch):
     """Run a search of main_BU with accuracies in place of retraining, which counts in `bn1`.
 
-    Returns the density of the ticket, the number of retrainings in its state, that of rounds, and
-    the masks.
+    Returns the ticket's density, the numbers of retrainings in its state and of rounds, the masks.
     """
 
     def search(find, t, accuracies, changes, *arguments):
