@@ -57,7 +57,6 @@ CASES = [  # script, its flags, what the line must contain
     ("main_CIL.py", "--device tpu", "--device tpu"),
     ("main_CIL.py", "--device cuda:99", "--device cuda:99"),
     ("main_CIL.py", "--gpu 99", "--gpu", "99"),
-    ("main_CIL.py", "--percent 0.2", "--percent"),
     ("main_TD.py", "--per_class 20", "--per_class", "dataset.py"),
     # flags that contradict each other, or a file
     ("main_CIL.py", "--joint --finetune", "--joint", "--finetune"),
